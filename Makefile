@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all their own set-up in .venv; PYTHON picks another interpreter (3.10 or later).
+TORCH  := 2.13.0
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TOKENS ?= 32768
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: demo test test-slow test-abi build lint format bench clean
+
+demo: build
+	$(BIN)/lcore demo --tokens $(TOKENS)
+
+test: build
+	$(BIN)/python -m pytest
+
+test-slow: build
+	$(BIN)/python -m pytest -m slow
+
+# Builds against one torch, loads and runs in another.
+test-abi: build
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+$(VENV)/.ready: pyproject.toml Makefile
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==$(TORCH)
+	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.25" ninja
+	touch $@
+
+build: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
+
+lint: build
+	$(BIN)/python -m pip install -q '.[lint]' --no-build-isolation --dry-run >/dev/null 2>&1 || true
+	$(BIN)/python -m pip install -q $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml','rb'))['project']['optional-dependencies']['lint'])")
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: build
+	$(BIN)/python -m bench.attention
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,38 @@
+// The CPU kernels of one instruction set as a table of functions. Every source under csrc/cpu/<family>/ is compiled once
+// per instruction set, in a namespace of its own (LCORE_ISA), and the table is chosen once, at the first call.
+#pragma once
+
+#include <string>
+
+namespace lcore {
+class Executor;
+struct AttentionParams;
+struct AttentionGradParams;
+struct CacheAppendParams;
+struct MergeParams;
+struct MergeGradParams;
+struct RopeParams;
+}  // namespace lcore
+
+namespace lcore::cpu {
+
+struct KernelTable {
+  const char* isa;
+  void (*attention_forward)(const AttentionParams&, Executor&);
+  void (*attention_backward)(const AttentionGradParams&, Executor&);
+  void (*cache_append)(const CacheAppendParams&, Executor&);
+  void (*merge_states)(const MergeParams&, Executor&);
+  void (*merge_states_backward)(const MergeGradParams&, Executor&);
+  void (*rope)(const RopeParams&, Executor&);
+  double (*peak_fma)(Executor&);   // float32 operations a second
+  double (*peak_read)(Executor&);  // bytes a second
+};
+
+// The best table this machine can run, or the one LCORE_CPU_ISA names. Throws std::invalid_argument when that variable
+// names a set that was not built or that this machine lacks.
+const KernelTable& kernels();
+
+// Comma-separated names of the instruction sets in this build.
+const char* built_isas();
+
+}  // namespace lcore::cpu

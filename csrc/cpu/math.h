@@ -1,0 +1,53 @@
+// Vector functions of the softmax: exp with a stated error, and tanh built on it.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/simd.h"
+
+namespace lcore::cpu::LCORE_ISA {
+
+// e^x = 2^n * e^r with n = round(x / ln 2), |r| <= ln 2 / 2. e^r is its Taylor polynomial of degree 7 (truncation
+// 5e-9 relative): error below 2 ulp for x in [-87, 88]. exp(0) is 1 exactly; below -87.3 (the smallest normal float)
+// the result is 0, so exp(-inf) = 0.
+inline Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
+  const V shifted = x * 1.44269504f + kMagic;
+  const V n = shifted - kMagic;
+  const V r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the first exact in 15 bits
+  V p = splat(1.0f / 5040) * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const auto scale = (reinterpret_cast<Vec<int32_t>>(shifted) << 23) + 0x3f800000;
+  const V result = p * reinterpret_cast<V>(scale);
+  return x < -87.3f ? V{} : result;
+}
+
+// float64 runs for gradient checks, where the library's accuracy matters and its speed does not.
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// tanh x = 1 - 2 / (e^2x + 1); absolute error 1e-7, which is what a soft cap needs.
+inline Vec<float> tanh(Vec<float> x) {
+  // Past 10 the result is 1 to the last bit, and exp must not overflow.
+  const Vec<float> bounded = x > 10.0f ? splat(10.0f) : (x < -10.0f ? splat(-10.0f) : x);
+  return 1.0f - 2.0f / (exp(bounded * 2.0f) + 1.0f);
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+template <class T>
+inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+}  // namespace lcore::cpu::LCORE_ISA

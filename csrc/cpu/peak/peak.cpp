@@ -1,0 +1,70 @@
+// The machine's own ceilings, for benchmarks: fused multiply-adds that depend on nothing but registers, and a read of
+// memory far larger than the caches. Each returns work done by all workers together a second.
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "core/executor.h"
+#include "cpu/attention/tile.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+
+namespace lcore::cpu::LCORE_ISA {
+namespace {
+
+constexpr int kRepeats = 5;  // the best of them: anything else that runs only makes a ceiling lower
+
+template <class Body>
+double best_rate(double work, Executor& executor, const Body& body) {
+  double best = 0;
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    executor.run(executor.workers(), body);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, work / seconds.count());
+  }
+  return best;
+}
+
+}  // namespace
+
+// Floating-point operations a second in float32. Twelve accumulators cover the latency of two FMA units.
+double peak_fma(Executor& executor) {
+  constexpr int kChains = 12;
+  constexpr int64_t kSteps = 20'000'000;
+  std::vector<float> sinks(executor.workers() * kLanes<float>);
+  const double work = 2.0 * kChains * kLanes<float> * kSteps * executor.workers();
+  return best_rate(work, executor, [&](int64_t item, int) {
+    Vec<float> acc[kChains] = {};
+    Vec<float> factor = splat(0.999f);
+    for (int64_t step = 0; step < kSteps; ++step) {
+      __asm__ volatile("" : "+x"(factor));  // unknown to the compiler, so that the loop is not folded
+#pragma GCC unroll 12
+      for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * factor + factor;
+    }
+    Vec<float> total{};
+    for (const Vec<float>& a : acc) total += a;
+    store(sinks.data() + item * kLanes<float>, total);
+  });
+}
+
+// Bytes read a second, from 256 MB a worker.
+double peak_read(Executor& executor) {
+  constexpr int64_t kFloats = int64_t{64} << 20;
+  const Scratch<float> memory(kFloats, executor.workers());
+  for (int worker = 0; worker < executor.workers(); ++worker) {
+    std::fill(memory.of(worker), memory.of(worker) + kFloats, 1.0f);
+  }
+  std::vector<float> sinks(executor.workers() * kLanes<float>);
+  return best_rate(4.0 * kFloats * executor.workers(), executor, [&](int64_t item, int) {
+    const float* data = memory.of(item);
+    Vec<float> total[4] = {};
+    for (int64_t i = 0; i < kFloats; i += 4 * kLanes<float>) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) total[j] += load(data + i + j * kLanes<float>);
+    }
+    store(sinks.data() + item * kLanes<float>, total[0] + total[1] + total[2] + total[3]);
+  });
+}
+
+}  // namespace lcore::cpu::LCORE_ISA

@@ -1,0 +1,22 @@
+// The kernel table of one instruction set.
+#include "cpu/kernels.h"
+
+#define LCORE_STRING_OF(x) #x
+#define LCORE_STRING(x) LCORE_STRING_OF(x)
+
+namespace lcore::cpu::LCORE_ISA {
+
+void attention_forward(const AttentionParams&, Executor&);
+void attention_backward(const AttentionGradParams&, Executor&);
+void cache_append(const CacheAppendParams&, Executor&);
+void merge_states(const MergeParams&, Executor&);
+void merge_states_backward(const MergeGradParams&, Executor&);
+void rope(const RopeParams&, Executor&);
+double peak_fma(Executor&);
+double peak_read(Executor&);
+
+extern const KernelTable kTable;
+const KernelTable kTable = {LCORE_STRING(LCORE_ISA), attention_forward,     attention_backward, cache_append,
+                            merge_states,            merge_states_backward, rope, peak_fma, peak_read};
+
+}  // namespace lcore::cpu::LCORE_ISA

@@ -1,0 +1,122 @@
+// lcore::cache_append_ on CPU tensors, and the checks of a paged cache's tensors.
+#include "torch/cache.h"
+
+#include <limits>
+
+#include "core/cache_append.h"
+#include "cpu/kernels.h"
+
+namespace lcore {
+
+using torch::headeronly::ScalarType;
+
+KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, const Tensor& kv_lengths,
+                 const Tensor& tail_k, const Tensor& tail_v, const std::string& k_format, const std::string& v_format,
+                 int64_t page_size, const std::vector<int64_t>& added) {
+  for (const Tensor* t : {&pool, &page_table, &kv_lengths, &tail_k, &tail_v}) {
+    require(t->is_cpu() && t->is_contiguous(), op, "the cache's tensors must be contiguous and on the CPU");
+  }
+  require(pool.dim() == 2 && page_table.dim() == 3 && kv_lengths.dim() == 2 && tail_k.dim() == 4 && tail_v.dim() == 4,
+          op, "pool, page_table, kv_lengths, tail_k and tail_v must have 2, 3, 2, 4 and 4 dimensions");
+  require(pool.scalar_type() == ScalarType::Byte && page_table.scalar_type() == ScalarType::Int &&
+              kv_lengths.scalar_type() == ScalarType::Int && tail_v.scalar_type() == tail_k.scalar_type(),
+          op, "pool must be uint8, page_table and kv_lengths int32, the tails of one dtype");
+  const int64_t batch = tail_k.size(0), kv_heads = tail_k.size(1);
+  for (const Tensor* t : {&page_table, &kv_lengths, &tail_v}) {
+    require(t->size(0) == batch && t->size(1) == kv_heads, op,
+            "page_table, kv_lengths and the tails must begin with (batch, kv_heads), got " + shape_text(*t));
+  }
+  require(page_size > 0 && tail_k.size(2) == page_size && tail_v.size(2) == page_size, op,
+          "the tails must hold page_size = " + std::to_string(page_size) + " tokens, got " + shape_text(tail_k));
+
+  KvPages pages{};
+  pages.k_type = format_of(k_format);
+  pages.v_type = format_of(v_format);
+  pages.pool = static_cast<const uint8_t*>(pool.data_ptr());
+  pages.page_bytes = pool.size(1);
+  pages.page_size = page_size;
+  pages.v_offset = page_v_offset(page_size, tail_k.size(3), pages.k_type);
+  const int64_t wanted = page_bytes(page_size, tail_k.size(3), tail_v.size(3), pages.k_type, pages.v_type);
+  require(pages.page_bytes == wanted, op,
+          "pool must have pages of " + std::to_string(wanted) + " bytes, got " + std::to_string(pages.page_bytes));
+  pages.page_table = static_cast<const int32_t*>(page_table.data_ptr());
+  pages.table_width = page_table.size(2);
+  pages.lengths = static_cast<const int32_t*>(kv_lengths.data_ptr());
+  pages.tail_k = tail_k.data_ptr();
+  pages.tail_v = tail_v.data_ptr();
+  for (int64_t slot = 0; slot < batch * kv_heads; ++slot) {
+    const int64_t length = pages.lengths[slot] + (added.empty() ? 0 : added[slot / kv_heads]);
+    require(pages.lengths[slot] >= 0 && length <= std::numeric_limits<int32_t>::max() &&
+                length / page_size <= pages.table_width,
+            op, "kv_lengths must fit int32 and page_table, got " + std::to_string(length));
+    for (int64_t i = 0; i < length / page_size; ++i) {
+      const int32_t id = pages.page_table[slot * pages.table_width + i];
+      require(id >= 0 && id < pool.size(0), op, "page_table must hold ids of the pool, got " + std::to_string(id));
+    }
+  }
+  return pages;
+}
+
+const int64_t* row_counts(const char* op, const std::optional<Tensor>& lengths, int64_t batch, int64_t most) {
+  if (!lengths.has_value()) return nullptr;
+  require(lengths->is_cpu() && lengths->is_contiguous() && lengths->scalar_type() == ScalarType::Long &&
+              lengths->dim() == 1 && lengths->size(0) == batch,
+          op, "lengths must be contiguous int64 of shape (batch,)");
+  const auto* counts = static_cast<const int64_t*>(lengths->data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    require(counts[b] >= 0 && counts[b] <= most, op,
+            "lengths must lie in [0, " + std::to_string(most) + "], got " + std::to_string(counts[b]));
+  }
+  return counts;
+}
+
+namespace {
+
+bool is_cached_type(const Tensor& t) {
+  const auto type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+         type == ScalarType::Double;
+}
+
+void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v, Tensor k, Tensor v,
+                  std::string k_format, std::string v_format, int64_t page_size, std::optional<Tensor> lengths) {
+  const char* op = "cache_append_";
+  require(k.is_cpu() && v.is_cpu() && k.dim() == 4 && v.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op,
+          "k, v and the tails must be on the CPU with 4 dimensions");
+  require(is_cached_type(k) && k.scalar_type() == tail_k.scalar_type() && v.scalar_type() == k.scalar_type(), op,
+          "k and v must have the tails' dtype, float32, float64, float16 or bfloat16");
+  require(k.size(0) == tail_k.size(0) && k.size(2) == tail_k.size(1) && k.size(3) == tail_k.size(3), op,
+          "k must have shape (batch, new, kv_heads, head_dim), got " + shape_text(k));
+  require(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2) && v.size(3) == tail_v.size(3), op,
+          "v must have shape (batch, new, kv_heads, head_dim_v), got " + shape_text(v));
+  CacheAppendParams p{};
+  p.type = dtype_of(k);
+  p.batch = k.size(0);
+  p.new_tokens = k.size(1);
+  p.kv_heads = k.size(2);
+  p.head_dim = static_cast<int>(k.size(3));
+  p.head_dim_v = static_cast<int>(v.size(3));
+  p.counts = row_counts(op, lengths, p.batch, p.new_tokens);
+  const std::vector<int64_t> added = p.counts == nullptr ? std::vector<int64_t>(p.batch, p.new_tokens)
+                                                         : std::vector<int64_t>(p.counts, p.counts + p.batch);
+  p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, added);
+  p.pool = static_cast<uint8_t*>(pool.data_ptr());
+  p.lengths = static_cast<int32_t*>(kv_lengths.data_ptr());
+  p.tail_k = tail_k.data_ptr();
+  p.tail_v = tail_v.data_ptr();
+  p.k = strided(k);
+  p.v = strided(v);
+  TorchExecutor executor;
+  cpu::kernels().cache_append(p, executor);
+}
+
+}  // namespace
+}  // namespace lcore
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+  m.def(
+      "cache_append_(Tensor(a!) pool, Tensor page_table, Tensor(b!) kv_lengths, Tensor(c!) tail_k, Tensor(d!) tail_v,"
+      " Tensor k, Tensor v, str k_format, str v_format, int page_size, Tensor? lengths) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("cache_append_", LCORE_BOX(lcore::cache_append)); }

@@ -1,0 +1,71 @@
+#include "torch/library.h"
+
+#include "cpu/kernels.h"
+
+namespace lcore {
+
+using torch::headeronly::ScalarType;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    default:
+      STD_TORCH_CHECK(false, "lcore: a tensor's dtype must be float32, float64, float16, bfloat16, int32 or int64, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+DType format_of(const std::string& name) {
+  if (name == "fp32") return DType::kFloat32;
+  if (name == "fp16") return DType::kFloat16;
+  if (name == "bf16") return DType::kBFloat16;
+  STD_TORCH_CHECK(false, "lcore: a page format must be fp32, fp16 or bf16, got ", name);
+}
+
+Strided strided(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  if (tensor.dim() == 3) return {tensor.data_ptr(), 0, strides[0], strides[1], strides[2]};
+  return {tensor.data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  return text + ")";
+}
+
+namespace {
+
+// key=value lines about this build and this machine, for lcore.build_info().
+std::string build_facts() {
+  std::string facts = std::string("version=") + LCORE_VERSION + "\ncpu_isa=" + cpu::kernels().isa +
+                      "\ncpu_isas_built=" + cpu::built_isas() + "\ncuda_archs=";
+#ifdef LCORE_WITH_CUDA
+  facts += LCORE_CUDA_ARCHS;
+#endif
+  return facts;
+}
+
+}  // namespace
+}  // namespace lcore
+
+STABLE_TORCH_LIBRARY(lcore, m) { m.def("_build_facts() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(lcore, CompositeExplicitAutograd, m) {
+  m.impl("_build_facts", LCORE_BOX(lcore::build_facts));
+}

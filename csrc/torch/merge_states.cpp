@@ -1,0 +1,86 @@
+// lcore::merge_states and its backward on CPU tensors.
+#include "torch/merge_states.h"
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+
+namespace lcore {
+namespace {
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+}  // namespace
+
+MergeTensors merge_tensors(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+  using torch::headeronly::ScalarType;
+  const char* op = "merge_states";
+  const int64_t rank = out_a.dim();
+  require(rank == 3 || rank == 4, op, "out_a must have 3 or 4 dimensions, got " + shape_text(out_a));
+  require(same_shape(out_a, out_b) && out_a.scalar_type() == out_b.scalar_type(), op,
+          "out_b must have out_a's shape and dtype, got " + shape_text(out_b));
+  const auto wanted = out_a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  MergeTensors t{torch::stable::contiguous(out_a), torch::stable::contiguous(lse_a), torch::stable::contiguous(out_b),
+                 torch::stable::contiguous(lse_b), torch::stable::empty_like(torch::stable::contiguous(out_a)),
+                 torch::stable::empty_like(torch::stable::contiguous(lse_a)), MergeParams{}};
+  MergeParams& p = t.params;
+  p.type = dtype_of(out_a);
+  p.batch = rank == 4 ? out_a.size(0) : 1;
+  p.seq = out_a.size(rank - 3);
+  p.heads = out_a.size(rank - 2);
+  p.head_dim = out_a.size(rank - 1);
+  for (const Tensor& lse : {lse_a, lse_b}) {
+    require(lse.scalar_type() == wanted && lse.dim() == rank - 1 && (rank == 3 || lse.size(0) == p.batch) &&
+                lse.size(rank - 3) == p.heads && lse.size(rank - 2) == p.seq,
+            op, "lse must have shape (batch, heads, seq) or (heads, tokens), got " + shape_text(lse));
+  }
+  p.out_a = t.out_a.data_ptr();
+  p.lse_a = t.lse_a.data_ptr();
+  p.out_b = t.out_b.data_ptr();
+  p.lse_b = t.lse_b.data_ptr();
+  p.out = t.out.data_ptr();
+  p.lse = t.lse.data_ptr();
+  return t;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  MergeTensors t = merge_tensors(out_a, lse_a, out_b, lse_b);
+  TorchExecutor executor;
+  cpu::kernels().merge_states(t.params, executor);
+  return {t.out, t.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a,
+                                                                 Tensor out_b, Tensor lse_b) {
+  MergeTensors t = merge_tensors(out_a, lse_a, out_b, lse_b);
+  require(same_shape(dout, t.out) && dout.scalar_type() == t.out.scalar_type() && same_shape(dlse, t.lse) &&
+              dlse.scalar_type() == t.lse.scalar_type(),
+          "merge_states_backward", "dout and dlse must have the shapes and dtypes of out and lse");
+  const Tensor dense_dout = torch::stable::contiguous(dout), dense_dlse = torch::stable::contiguous(dlse);
+  Tensor dout_b = torch::stable::empty_like(t.out), dlse_b = torch::stable::empty_like(t.lse);
+  // The forward's results are not needed: their buffers take the gradients of a.
+  const MergeGradParams g{t.params,           dense_dout.data_ptr(), dense_dlse.data_ptr(), t.out.data_ptr(),
+                          t.lse.data_ptr(), dout_b.data_ptr(),     dlse_b.data_ptr()};
+  TorchExecutor executor;
+  cpu::kernels().merge_states_backward(g, executor);
+  return {t.out, t.lse, dout_b, dlse_b};
+}
+
+}  // namespace
+}  // namespace lcore
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+  m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_states_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
+      " -> (Tensor dout_a, Tensor dlse_a, Tensor dout_b, Tensor dlse_b)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
+  m.impl("merge_states", LCORE_BOX(lcore::merge_states));
+  m.impl("merge_states_backward", LCORE_BOX(lcore::merge_states_backward));
+}

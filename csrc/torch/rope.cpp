@@ -1,0 +1,57 @@
+// lcore::rope on CPU tensors.
+#include "core/rope.h"
+
+#include "cpu/kernels.h"
+#include "torch/library.h"
+
+namespace lcore {
+namespace {
+
+Tensor rope(Tensor x, Tensor positions, Tensor inv_freq, double attention_scaling, bool interleaved, bool inverse) {
+  const char* op = "rope";
+  const int64_t rank = x.dim();
+  require(x.is_cpu() && positions.is_cpu() && inv_freq.is_cpu(), op, "every tensor must be on the CPU");
+  require(rank == 3 || rank == 4, op, "x must have 3 or 4 dimensions, got " + shape_text(x));
+  require(inv_freq.dim() == 1 && inv_freq.is_contiguous() && 2 * inv_freq.size(0) <= x.size(rank - 1), op,
+          "inv_freq must be contiguous with at most head_dim / 2 entries, got " + shape_text(inv_freq));
+  RopeParams p{};
+  p.type = dtype_of(x);
+  p.x = strided(x);
+  p.batch = rank == 4 ? x.size(0) : 1;
+  p.seq = x.size(rank - 3);
+  p.heads = x.size(rank - 2);
+  p.head_dim = static_cast<int>(x.size(rank - 1));
+  p.half = static_cast<int>(inv_freq.size(0));
+  const bool shared = positions.dim() == 1;
+  require(positions.size(positions.dim() - 1) == p.seq && (shared || (positions.dim() == 2 && rank == 4)) &&
+              (shared || positions.size(0) == p.batch),
+          op, "positions must have shape (seq,) or (batch, seq), got " + shape_text(positions));
+  p.positions = positions.data_ptr();
+  p.positions_type = dtype_of(positions);
+  p.positions_batch = shared ? 0 : positions.stride(0);
+  p.positions_seq = positions.stride(positions.dim() - 1);
+  p.inv_freq = inv_freq.data_ptr();
+  p.inv_freq_type = dtype_of(inv_freq);
+  require(p.positions_type != DType::kFloat16 && p.positions_type != DType::kBFloat16 &&
+              (p.inv_freq_type == DType::kFloat32 || p.inv_freq_type == DType::kFloat64),
+          op, "positions must be int32, int64, float32 or float64, and inv_freq float32 or float64");
+  p.attention_scaling = attention_scaling;
+  p.interleaved = interleaved;
+  p.inverse = inverse;
+  Tensor out = new_tensor(x, {x.sizes().begin(), x.sizes().end()});
+  p.out = out.data_ptr();
+  TorchExecutor executor;
+  cpu::kernels().rope(p, executor);
+  return out;
+}
+
+}  // namespace
+}  // namespace lcore
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+  m.def(
+      "rope(Tensor x, Tensor positions, Tensor inv_freq, float attention_scaling=1.0, bool interleaved=False,"
+      " bool inverse=False) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("rope", LCORE_BOX(lcore::rope)); }

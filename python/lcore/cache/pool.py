@@ -1,0 +1,92 @@
+"""The pool of pages that a cache shares with its forks."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+import torch
+from numpy import int32
+from numpy.typing import NDArray
+
+from lcore._runtime import PageAllocator
+
+Ids = NDArray[int32]
+
+# A pool that is not reserved grows to half more than it was: few copies, and at most a third of it unused.
+_GROWTH = 1.5
+
+
+class PagePool:
+    """One uint8 tensor of pages, the allocator of its pages, and the budget of all caches that share it.
+
+    data: (num_pages, page_bytes). Growing replaces it by a longer copy, so it is read from here for every call. lock is
+    held while pages are taken and written: no page is written into a tensor that has just been replaced. It is
+    reentrant because the garbage collector may close another cache meanwhile.
+    """
+
+    def __init__(self, page_bytes: int, max_bytes: int | None) -> None:
+        self.lock = threading.RLock()
+        self.data = torch.empty((0, page_bytes), dtype=torch.uint8)
+        self.allocator = PageAllocator(0)
+        self.max_bytes = max_bytes
+        self.member_bytes = 0  # tables and tails of the caches that share this pool
+
+    @property
+    def page_bytes(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What is left of max_bytes; None without a limit."""
+        return None if self.max_bytes is None else self.max_bytes - self.member_bytes - self.data.nbytes
+
+    def check_budget(self, function: str, more: int, purpose: str) -> None:
+        """MemoryError when `more` bytes would exceed max_bytes."""
+        free = self.free_bytes
+        if free is None or more <= free:
+            return
+        raise MemoryError(
+            f"lcore.{function}: max_bytes={self.max_bytes:,} leaves {max(free, 0):,} bytes free, {more:,} are needed "
+            f"{purpose}; max_bytes={self.max_bytes - free + more:,} would fit"  # type: ignore[operator]
+        )
+
+    def grown(self, function: str, pages: int, *, exact: bool, reserved_bytes: int = 0) -> torch.Tensor | None:
+        """A longer tensor, with room for `pages` more pages than are in use now; None when there is room already.
+
+        Not exact: half more than now, unless what max_bytes leaves beside reserved_bytes is less. The caller has
+        checked that the pages fit. `adopt` puts the tensor into use.
+        """
+        missing = pages - self.allocator.free_count
+        if missing <= 0:
+            return None
+        count = self.data.shape[0] + missing
+        if not exact:
+            count = max(count, int(self.data.shape[0] * _GROWTH))
+            free = self.free_bytes
+            if free is not None:
+                count = min(count, self.data.shape[0] + (free - reserved_bytes) // self.page_bytes)
+        data = new_tensor(function, (count, self.page_bytes), torch.uint8)
+        data[: self.data.shape[0]] = self.data
+        return data
+
+    def adopt(self, data: torch.Tensor) -> None:
+        self.allocator.grow(data.shape[0])
+        self.data = data
+
+    def missing_bytes(self, pages: int) -> int:
+        """Bytes that the pool must grow by to have this many pages free."""
+        return max(0, pages - self.allocator.free_count) * self.page_bytes
+
+
+def new_tensor(function: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty on the CPU; MemoryError with the bytes needed and free when the system refuses."""
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        needed = torch.Size(shape).numel() * dtype.itemsize
+        free = psutil.virtual_memory().available
+        raise MemoryError(
+            f"lcore.{function}: {needed:,} bytes are needed and {free:,} are free; "
+            "use fewer tokens, a smaller kv_format, or max_bytes to be told before the system is"
+        ) from error

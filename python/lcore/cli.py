@@ -1,0 +1,191 @@
+"""The command line: `lcore generate | info | demo | eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+import lcore
+from lcore.demo import BUNDLED_MODEL, run_demo
+from lcore.generation import Done, Event, Generator, Stats, Token, show_prefill
+
+app = typer.Typer(
+    name="lcore",
+    help="Reads and writes very long texts with a model on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelFolder = Annotated[
+    Path, typer.Option("-m", "--model", help="Folder with config.json, safetensors and tokenizer.json.", exists=True)
+]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; default: all cores.")]
+
+
+def main() -> None:
+    app(prog_name="lcore")
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """One line and exit code 1 for wrong input or full memory, 130 for Ctrl-C; warnings in one line each."""
+
+    def show_warning(message: Warning | str, *_: object, **__: object) -> None:
+        typer.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        try:
+            yield
+        except BrokenPipeError:  # the reader of our output has left; the command framework ends quietly
+            raise
+        except (OSError, ValueError, TypeError, NotImplementedError, ArithmeticError, MemoryError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+@app.command()
+def generate(
+    *,
+    model: ModelFolder,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("-f", "--prompt-file", help="File that holds the prompt, UTF-8; - is stdin.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("-n", "--max-new-tokens", help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", "--temp", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this many times as probable as the best.")] = 0.0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Same seed, same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
+    kv_format: Annotated[
+        str | None, typer.Option(help="Format of the cache, fp32, fp16 or bf16 (K,V for two); default: the dtype.")
+    ] = None,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens read at a time.")] = 2048,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
+    ] = "auto",
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="With or without the chat template; default: if there is one.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Read a prompt and write the model's continuation: text on stdout, counts and rates on stderr."""
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give one of --prompt and --prompt-file")
+    with user_errors():
+        text = _read_text(prompt_file) if prompt_file is not None else prompt or ""
+        _set_threads(threads)
+        decoder = lcore.load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        if decoder.tokenizer is None:
+            raise ValueError(f"lcore generate: --model must hold a tokenizer.json, got {model}")
+        use_chat = decoder.tokenizer.chat_template is not None if chat is None else chat
+        formats = tuple(kv_format.split(",")) if kv_format and "," in kv_format else kv_format
+        generator = Generator(decoder, kv_format=formats, prefill_chunk=prefill_chunk)  # type: ignore[arg-type]
+        events = generator.stream(
+            [{"role": "user", "content": text}] if use_chat else text,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop or (),
+        )
+        _write(events)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+    """Print the version, what was built, and which op runs where."""
+    facts = lcore.build_info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    built = ", ".join(facts["cpu_isas_built"])
+    typer.echo(f"lcore {facts['version']}, torch {facts['torch']}, {facts['threads']} threads")
+    typer.echo(f"CPU   {facts['cpu_isa']} (built: {built})")
+    typer.echo(f"CUDA  {', '.join(facts['cuda_archs']) or 'not in this build'}")
+    width = max(map(len, facts["ops"]))
+    for op, where in facts["ops"].items():
+        typer.echo(f"  {op:{width}}  cpu: {where['cpu']:10}  cuda: {where['cuda']}")
+
+
+@app.command()
+def demo(
+    *,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the document.")] = 32768,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to hide needles in; default: Python sources.", exists=True)
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Where the needles are hidden, 0 first line to 1 last.")] = "0.1,0.5,0.9",
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Model folder; default: the bundled one.", exists=True)
+    ] = None,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Of the keys and values.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Hide needles in a long real text, read it, and ask the bundled model for each of them."""
+    with user_errors():
+        _set_threads(threads)
+        run_demo(
+            tokens,
+            depths=_numbers("--depths", depths),
+            text_file=text,
+            model_folder=model or BUNDLED_MODEL,
+            seed=seed,
+            say=typer.echo,
+        )
+
+
+def _read_text(path: str) -> str:
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"lcore generate: --prompt-file must be UTF-8 text, got {path} with {error}") from None
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be numbers with commas between them, got {text!r}") from None
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _write(events: Iterator[Event]) -> None:
+    for event in show_prefill(events):
+        if isinstance(event, Token):
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+        elif isinstance(event, Done):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            typer.echo(f"{describe(event.stats)}, ended by {event.reason}", err=True)
+
+
+def describe(stats: Stats) -> str:
+    """Counts and rates in one line."""
+    return (
+        f"read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.1f} s ({stats.prefill_rate:,.1f} tokens/s), "
+        f"wrote {stats.new_tokens:,} in {stats.decode_seconds:.1f} s ({stats.decode_rate:,.1f} tokens/s), "
+        f"cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
+    )

@@ -1,0 +1,85 @@
+"""The one place that words an error: ``lcore.<function>: <argument> must be <rule>, got <value>``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOAT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Devices that each public op has a kernel for; what is missing raises NotImplementedError before the dispatcher would.
+KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
+    "attention": ("cpu",),
+    "attention_paged": ("cpu",),
+    "merge_states": ("cpu", "cuda"),
+    "rope": ("cpu",),
+}
+
+
+def message(function: str, argument: str, rule: str, got: object) -> str:
+    return f"lcore.{function}: {argument} must {rule}, got {got}"
+
+
+def require(condition: bool, function: str, argument: str, rule: str, got: object) -> None:
+    """ValueError unless condition holds: for shapes and values."""
+    if not condition:
+        raise ValueError(message(function, argument, rule, got))
+
+
+def require_type(condition: bool, function: str, argument: str, rule: str, got: object) -> None:
+    """TypeError unless condition holds: for types and dtypes."""
+    if not condition:
+        raise TypeError(message(function, argument, rule, got))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(pattern: Sequence[int | str | torch.SymInt], names: str) -> str:
+    """'have shape (batch, seq) = (2, *)' for pattern (2, "*") and names "batch, seq"."""
+    tail = "," if len(pattern) == 1 else ""
+    return f"have shape ({names}{tail}) = ({', '.join(str(n) for n in pattern)}{tail})"
+
+
+def check_tensor(
+    function: str,
+    argument: str,
+    value: Any,
+    *,
+    dtypes: Sequence[torch.dtype] = FLOAT_TYPES,
+    shape: Sequence[int | str | torch.SymInt] | None = None,
+    names: str = "",
+    device: torch.device | None = None,
+) -> None:
+    """Checks type, dtype, device and shape, in this order; "*" in shape stands for any size."""
+    require_type(isinstance(value, torch.Tensor), function, argument, "be a torch.Tensor", type(value).__name__)
+    wanted = " or ".join(dtype_name(d) for d in dtypes)
+    require_type(value.dtype in dtypes, function, argument, f"have dtype {wanted}", dtype_name(value.dtype))
+    if device is not None:
+        require(value.device == device, function, argument, f"be on device {device}", value.device)
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
+        )
+        require(fits, function, argument, shape_text(shape, names), tuple(value.shape))
+
+
+def check_kernel(function: str, tensor: torch.Tensor) -> None:
+    """NotImplementedError when no kernel of this function runs where the tensor is; meta tensors need none."""
+    devices = KERNEL_DEVICES[function]
+    if tensor.device.type not in (*devices, "meta"):
+        raise NotImplementedError(
+            f"lcore.{function}: no kernel for device {tensor.device.type}; there is one for {' and '.join(devices)}"
+        )
+
+
+def has_values(*tensors: torch.Tensor) -> bool:
+    """Whether values can be read at no cost: not while tracing, not on a GPU, where reading waits for the stream."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not torch.compiler.is_compiling() and all(
+        t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors
+    )

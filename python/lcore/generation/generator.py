@@ -1,0 +1,181 @@
+"""`lcore.Generator`: text from a model over a paged cache, as a stream of typed events."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lcore.cache import PagedCache
+from lcore.errors import require, require_type
+from lcore.generation.events import Done, Event, Reason, Stats, Token
+from lcore.generation.loop import Loop, Row
+from lcore.generation.memory import free_bytes, reserve, workspace_bytes
+from lcore.generation.progress import show_prefill
+from lcore.generation.prompts import Prompt, encode_prompts, is_batch
+from lcore.generation.sampling import Sampling, check_int
+from lcore.generation.text import CONTEXT, TextStream
+
+if TYPE_CHECKING:
+    from lcore.models import Decoder
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What `Generator.generate` returns for a row: the text without the stop string, all token ids, why it ended."""
+
+    text: str
+    tokens: list[int]
+    reason: Reason
+    stats: Stats
+
+
+class Generator:
+    """Generates text with a model over a paged cache.
+
+    model:          a decoder as `lcore.load_model` returns it.
+    kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
+    prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
+    policy:         None; eviction policies do not exist yet.
+
+    After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
+
+    Raises: TypeError or ValueError for a bad prefill_chunk; NotImplementedError for a policy.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv_format: str | tuple[str, str] | None = None,
+        prefill_chunk: int = 2048,
+        policy: object = None,
+    ) -> None:
+        if policy is not None:
+            raise NotImplementedError(
+                f"lcore.Generator: policy must be None, got {policy!r}: no eviction policy exists yet, every token "
+                "is kept; kv_format='bf16' or 'fp16' halves a float32 cache"
+            )
+        check_int("prefill_chunk", prefill_chunk, at_least=1)
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self.cache: PagedCache | None = None
+        self.kv_format = kv_format
+        self._warned = False
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        cache: PagedCache | None = None,
+    ) -> Iterator[Event]:
+        """Reads `prompt`, then writes, and yields `Prefill`, `Token` and `Done` events on the way.
+
+        prompt:          text, token ids, chat messages ({"role", "content"}, put through the chat template), or a list
+                         of these: a batch, whose rows may differ in length and are told apart by `event.row`.
+        max_new_tokens:  0 only reads the prompt.
+        temperature, top_k, top_p, min_p, seed:  see `lcore.generation.Sampling`. Row r of a batch draws from seed + r,
+                         one number for each position: the text depends neither on prefill_chunk nor on other rows.
+        stop:            strings that end the text; they are not part of it.
+        stop_ids:        token ids that end the text, besides the model's own end-of-text ids.
+        cache:           a cache to continue: the prompt follows what it holds, without a begin-of-text token.
+
+        Everything is checked in this call, before any work. After a row's `Done` the cache holds its prompt and all its
+        tokens; a stream that is closed earlier may not have fed its last token (`cache.seen()` tells). When the work is
+        interrupted, by Ctrl-C or an error, the cache is cut back to the tokens that went through the whole model, so
+        that it can be continued, and the exception goes on.
+
+        Raises: ValueError (empty prompt, id outside the vocabulary, value out of range); TypeError; MemoryError with
+        the bytes needed, the bytes free and the context that would fit. Warns once when the context is longer than the
+        model was made for.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        check_int("max_new_tokens", max_new_tokens)
+        for token in stop_ids:
+            check_int("stop_ids", token)
+        stops = _check_stops(stop)
+        config, tokenizer = self.model.config, self.model.tokenizer
+        textless = stops != () and tokenizer is None
+        require(not textless, "Generator", "stop", "be empty because the model has no tokenizer", stops)
+
+        held = [] if cache is None else [int(n) for n in cache.seen()]
+        prompts = encode_prompts(prompt, tokenizer, config.vocab_size, continues=any(held))
+        held = held if cache is not None else [0] * len(prompts)
+        require(len(held) == len(prompts), "Generator", "prompt", f"have the cache's {len(held)} rows", len(prompts))
+        self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
+        self.cache = self._cache_with_room([len(p) + max_new_tokens for p in prompts], cache)
+
+        decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
+        ends = config.eos_token_ids if tokenizer is None else (*config.eos_token_ids, *tokenizer.eos_token_ids)
+        rows = [
+            Row(index, ids, start, TextStream(decode, ids[-CONTEXT:].tolist(), stops))
+            for index, (ids, start) in enumerate(zip(prompts, held, strict=True))
+        ]
+        return Loop(
+            self.model,
+            self.cache,
+            rows,
+            prefill_chunk=self.prefill_chunk,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_ids=frozenset(ends),
+            stop_ids=frozenset(stop_ids),
+        ).run()
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Completion | list[Completion]:
+        """`stream` to its end: a Completion, or a list of them for a batch. Options and errors are those of `stream`.
+
+        On a terminal the reading of the prompt is shown on stderr.
+        """
+        events = self.stream(prompt, **options)
+        texts: dict[int, list[str]] = {}
+        tokens: dict[int, list[int]] = {}
+        ends: dict[int, Done] = {}
+        for event in show_prefill(events):
+            if isinstance(event, Token):
+                texts.setdefault(event.row, []).append(event.text)
+                tokens.setdefault(event.row, []).append(event.id)
+            elif isinstance(event, Done):
+                ends[event.row] = event
+        rows = [
+            Completion("".join(texts.get(row, [])), tokens.get(row, []), ends[row].reason, ends[row].stats)
+            for row in sorted(ends)
+        ]
+        return rows if is_batch(prompt) else rows[0]
+
+    def _cache_with_room(self, new_tokens: list[int], cache: PagedCache | None) -> PagedCache:
+        """`cache`, or a new one, with room for `new_tokens[row]` more tokens in each row, if memory has it."""
+        config, model = self.model.config, self.model
+        if cache is None:
+            cache = model.new_cache(len(new_tokens), kv_format=self.kv_format)
+        chunk = min(self.prefill_chunk, max(new_tokens))
+        workspace = workspace_bytes(config, chunk, len(new_tokens), model.dtype.itemsize)
+        reserve(cache, new_tokens, workspace, free_bytes(model.device))
+        return cache
+
+    def _warn_beyond_training(self, length: int) -> None:
+        limit = self.model.config.max_position_embeddings
+        if limit and length > limit and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"lcore.Generator: prompt + max_new_tokens is {length:,} tokens, the model was made for {limit:,}: "
+                "its text may lose sense beyond that",
+                stacklevel=3,
+            )
+
+
+def _check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        require_type(isinstance(text, str), "Generator", "stop", "hold strings", repr(text))
+        require(text != "", "Generator", "stop", "hold strings that are not empty", repr(text))
+    return stops

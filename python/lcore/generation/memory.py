@@ -1,0 +1,115 @@
+"""Whether a context fits into memory, found out before any work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+if TYPE_CHECKING:
+    from lcore.cache import PagedCache
+    from lcore.models import ModelConfig
+
+# The page tables, the allocator's rounding and what Python itself makes meanwhile.
+SPARE_BYTES = 64 << 20
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: on a GPU its free memory, else the machine's or the control group's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limit = cgroup_free_bytes()
+    available = int(psutil.virtual_memory().available)
+    return available if limit is None else min(available, limit)
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes left under the tightest memory limit of this process's control groups (v1 and v2), None without a limit.
+
+    Cached file pages count as free: the kernel drops them before it refuses memory.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    left: list[int] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / controllers
+        limit, usage = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        )
+        group = base / path.lstrip("/")
+        # A group is bound by its ancestors too. In a container the path may be the host's: then only the root exists.
+        for folder in (group, *group.parents):
+            free = _group_free(folder, limit, usage, "total_" if controllers else "")
+            if free is not None:
+                left.append(free)
+            if folder == base:
+                break
+    return min(left, default=None)
+
+
+def _group_free(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
+    try:
+        maximum = int((folder / limit).read_text())  # v2 writes "max" for no limit
+        used = int((folder / usage).read_text())
+        counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    cached = sum(int(counters.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
+    return max(0, maximum - used + cached)
+
+
+def workspace_bytes(config: ModelConfig, tokens: int, rows: int, itemsize: int) -> int:
+    """What one step of `tokens` tokens holds beside the cache of `rows` rows: the activations of one layer, and logits.
+
+    Six hidden-size vectors a token (residual, norm, attention and MLP in and out), q, k, v before and after RoPE, gate,
+    up and their product in the MLP; the attention's output once for every row of the batch, as long as the longest;
+    logits and their copy in float32; SPARE_BYTES for what is not a tensor.
+    """
+    heads = config.num_heads * config.head_dim
+    attention = 2 * (heads + 2 * config.num_kv_heads * config.head_dim)
+    per_token = 6 * config.hidden_size + attention + 3 * config.intermediate_size
+    activations = (tokens * per_token + rows * tokens * heads) * itemsize
+    return activations + 2 * rows * config.vocab_size * 4 + SPARE_BYTES
+
+
+def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: int) -> None:
+    """Makes room in `cache` for `new_tokens[row]` more tokens of every row, if that and the workspace fit into `free`.
+
+    Raises: MemoryError with the bytes needed, the bytes free, and how many tokens would fit in every row; the cache is
+    as it was.
+    """
+    rows, stats = len(new_tokens), cache.stats()
+    held = cache.seen().tolist()
+    pages_after = [(old + new) // cache.page_size for old, new in zip(held, new_tokens, strict=True)]
+    pages_before = [old // cache.page_size for old in held]
+    heads = cache.num_layers * cache.num_kv_heads
+    missing = heads * (sum(pages_after) - sum(pages_before)) - stats["free_pages"]
+    # A pool that must grow is copied into a larger one: for a moment both are there.
+    needed = stats["pool_bytes"] + missing * stats["page_bytes"] if missing > 0 else 0
+    if needed + workspace > free:
+        left = max(0, free - workspace - stats["pool_bytes"])
+        pages = (left // stats["page_bytes"] + stats["free_pages"]) // (heads * rows)
+        context = f"{max(new_tokens):,} tokens" if rows == 1 else f"{rows} rows of up to {max(new_tokens):,} tokens"
+        raise MemoryError(
+            f"lcore.Generator: prompt + max_new_tokens must fit into memory: {context} need {needed + workspace:,} "
+            f"bytes (cache {needed:,}, workspace {workspace:,}), {free:,} bytes are free; "
+            f"{pages * cache.page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
+        )
+    # All rows take their pages from one pool: room for the mean of them is room for all.
+    cache.reserve(-(-sum(pages_after) // rows) * cache.page_size)

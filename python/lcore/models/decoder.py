@@ -1,0 +1,239 @@
+"""The decoder of the Llama family, in the parameter names of Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from lcore.cache import PagedCache
+from lcore.errors import check_tensor, message, require
+from lcore.models.config import ModelConfig
+from lcore.models.tokenizer import Tokenizer
+from lcore.nn import Attention, GatedMLP, Linear, RMSNorm
+from lcore.nn.attention import next_positions
+
+_KV_FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class DecoderLayer(torch.nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            layer=layer,
+            bias=config.attention_bias,
+            output_bias=config.output_bias,
+            qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+            window=config.sliding_window[layer],
+            rope=config.layer_rope(layer),
+        )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PagedCache | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache, lengths=lengths)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(torch.nn.Module):
+    """Embedding, layers and the last norm: everything but the projection to the vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = torch.nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PagedCache | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, positions, cache, lengths)
+        return self.norm(x)
+
+
+class Decoder(torch.nn.Module):
+    """A causal language model; `load_model` reads one from a folder, `Decoder(config)` starts one at random.
+
+    Args:
+        config: its shape.
+        dtype, device: of the parameters.
+        tokenizer: kept as `model.tokenizer` and saved with the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        with torch.device(device):
+            self.model = Backbone(config)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.to(dtype)
+        if torch.device(device).type != "meta":
+            self.to(device)
+            self._initialize()
+
+    def tie_weights(self) -> None:
+        """Makes the output projection share the embedding's parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def new_cache(self, batch_size: int = 1, **options: Any) -> PagedCache:
+        """An empty PagedCache with this model's layers and heads; options as `lcore.PagedCache`."""
+        config = self.config
+        options.setdefault("kv_format", None)
+        if options["kv_format"] is None:
+            options["kv_format"] = _KV_FORMATS[self.dtype]
+        return PagedCache(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            batch_size=batch_size,
+            dtype=self.dtype,
+            device=self.device,
+            **options,
+        )
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: PagedCache | None = None,
+        *,
+        last_only: bool = False,
+        lengths: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes the logits of the next token after each token.
+
+        Args:
+            tokens: (batch, seq) int64 or int32 on the model's device, ids below config.vocab_size.
+            cache: the tokens before these; these are appended to it, and no gradient is kept. Without a cache the
+                tokens are the whole text, and the call is differentiable where gradients are enabled.
+            last_only: logits of each row's last real token only; nothing of size (seq, vocab) is allocated.
+            lengths: (batch,) integers, the real tokens of each row, when rows are padded on the right. What stands
+                in the padding is never read, and its logits mean nothing; a row of length 0 has logits 0.
+            positions: (seq,) or (batch, seq), to train with chosen positions. Default: 0, 1, ... without a cache, and
+                onwards from the tokens seen, row by row, with one.
+        Returns: float32 (batch, seq, vocab), or (batch, 1, vocab) with last_only.
+        Raises: TypeError for the dtype; ValueError for the shape, for an id outside the vocabulary, and for lengths
+            outside 0 .. seq, before any work.
+        """
+        tokens, lengths = self._checked(tokens, cache, lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x = self._features(tokens, cache, lengths, positions)
+            if last_only:
+                x = _last(x, lengths)
+            return self.lm_head(x).float()
+
+    def features(
+        self,
+        tokens: torch.Tensor,
+        cache: PagedCache | None = None,
+        *,
+        lengths: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, but returns (batch, seq, hidden_size), the normalised hidden states before the logits."""
+        tokens, lengths = self._checked(tokens, cache, lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self._features(tokens, cache, lengths, positions)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes a Hugging Face folder (config, weights, tokenizer) that `load_model` and transformers read.
+
+        The folder appears whole or not at all: it is written beside its place and renamed. An existing folder is
+        replaced only with overwrite=True, and only if it holds nothing but files that this method writes.
+        """
+        from lcore.models.saving import save_model
+
+        save_model(self, path, overwrite=overwrite)
+
+    def _features(
+        self,
+        tokens: torch.Tensor,
+        cache: PagedCache | None,
+        lengths: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if positions is None:
+            positions = next_positions(tokens.shape[1], tokens.device, cache)
+        x: torch.Tensor = self.model(tokens, positions, cache, lengths)
+        return x
+
+    def _checked(
+        self, tokens: torch.Tensor, cache: PagedCache | None, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens with the padding set to 0, and lengths as int64; raises as `forward` says."""
+        owner, vocab = "Decoder", self.config.vocab_size
+        kinds = (torch.int64, torch.int32)
+        check_tensor(owner, "tokens", tokens, dtypes=kinds, shape=("*", "*"), names="batch, seq", device=self.device)
+        require(tokens.numel() > 0, owner, "tokens", "hold at least one token", tuple(tokens.shape))
+        if cache is not None:
+            rule = f"have batch_size = {tokens.shape[0]}, the rows of tokens"
+            require(cache.batch_size == tokens.shape[0], owner, "cache", rule, cache.batch_size)
+        if lengths is not None:
+            check_tensor(owner, "lengths", lengths, dtypes=kinds, shape=(tokens.shape[0],), names="batch")
+            low, high = (int(value) for value in torch.aminmax(lengths))
+            require(
+                low >= 0 and high <= tokens.shape[1], owner, "lengths", f"be in 0 .. {tokens.shape[1]}", (low, high)
+            )
+            lengths = lengths.to(torch.int64)
+            padding = torch.arange(tokens.shape[1], device=self.device) >= lengths.to(self.device)[:, None]
+            tokens = tokens.masked_fill(padding, 0)
+        low, high = (int(value) for value in torch.aminmax(tokens))
+        if low < 0 or high >= vocab:
+            rule = f"be ids in 0 .. {vocab - 1} (vocab_size {vocab})"
+            raise ValueError(message(owner, "tokens", rule, low if low < 0 else high))
+        return tokens, lengths
+
+    def _initialize(self) -> None:
+        """Normal weights with the config's spread and zero biases, as transformers starts these families."""
+        for module in self.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                torch.nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, torch.nn.Linear) and module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+def _last(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """(batch, 1, hidden) at each row's last real token; zeros for a row without one."""
+    if lengths is None:
+        return x[:, -1:]
+    lengths = lengths.to(x.device)
+    index = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
+    return x.gather(1, index).masked_fill((lengths == 0)[:, None, None], 0)

@@ -1,0 +1,64 @@
+"""From a Hugging Face folder to a Decoder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from lcore.errors import message, require_type
+from lcore.models.checkpoint import Checkpoint, check_tensors, read_json
+from lcore.models.decoder import Decoder
+from lcore.models.families import parse_config
+from lcore.models.tokenizer import Tokenizer
+
+# Old checkpoints store the rotation frequencies, which the config fixes.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def load_model(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Loads a decoder from a Hugging Face checkpoint folder: Llama 2/3, Mistral, Qwen2/2.5 or Qwen3.
+
+    The folder holds config.json, model.safetensors or its shards with an index, and mostly tokenizer.json. Headers
+    are checked against the config first. On the CPU in the checkpoint's own dtype the parameters are views of the
+    memory-mapped files, read from disk when first used; otherwise each tensor is converted on its own. The files
+    must not be cut short while the model is in use; replacing them by renaming is safe.
+
+    Args:
+        path: the folder.
+        dtype: of the parameters; None keeps the dtype of the checkpoint's embedding.
+        device: where the parameters go.
+    Returns: a Decoder in eval mode, its tokenizer in `model.tokenizer` (None without tokenizer.json).
+    Raises: FileNotFoundError for a missing folder, config, weights or shard; NotImplementedError for an unknown
+        architecture or feature, by name; ValueError for broken JSON, an index that points outside the folder, a
+        truncated file, and missing, unexpected or misshapen tensors.
+    """
+    allowed = dtype is None or dtype in _DTYPES
+    require_type(allowed, "load_model", "dtype", f"be None or one of {', '.join(map(str, _DTYPES))}", dtype)
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(message("load_model", "path", "be a folder", folder))
+    raw = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    config = parse_config(raw, read_json(generation) if generation.is_file() else None)
+    checkpoint = Checkpoint(folder)
+
+    model = Decoder(config, device="meta")
+    expected = dict(model.named_parameters())
+    optional = {name for name in checkpoint.shapes if _DERIVED.fullmatch(name)}
+    if config.tie_word_embeddings:
+        optional.add("lm_head.weight")
+    check_tensors(checkpoint, expected, optional)
+    tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
+
+    dtype = dtype or checkpoint.dtypes["model.embed_tokens.weight"]
+    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors(set(expected))}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.tokenizer = tokenizer
+    return model.to(device).eval()

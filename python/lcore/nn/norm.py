@@ -1,0 +1,26 @@
+"""Root-mean-square normalisation."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RMSNorm(torch.nn.Module):
+    """Scales the last dimension to mean square 1, then by a learned weight.
+
+    Formula:  y = x / sqrt(mean(x²) + eps) * weight, in float32, rounded once to the dtype of x
+    Args:     x (..., size), any float dtype.
+    Returns:  the shape and dtype of x. A row's result does not depend on the other rows.
+    Source:   Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"

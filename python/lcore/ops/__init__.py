@@ -1,0 +1,8 @@
+"""Public ops: argument checks, fake kernels and autograd around ``torch.ops.lcore``."""
+
+from lcore.ops import _attention_grad  # noqa: F401  (registers fakes and autograd)
+from lcore.ops.attention import attention
+from lcore.ops.merge_states import merge_states
+from lcore.ops.rope import rope
+
+__all__ = ["attention", "merge_states", "rope"]

@@ -1,0 +1,119 @@
+"""Attention inputs, and the comparison of lcore.attention with the formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tolerance import assert_close
+
+import lcore
+from lcore import reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (1, 8, 16, 40, 59, 64, 80, 111, 128, 192, 256, 512)
+HEAD_DIM_PAIRS = ((192, 128), (64, 512), (40, 59), (8, 1), (16, 80), (129, 17))
+GROUPS = ((1, 1), (3, 1), (7, 7), (6, 2), (7, 1), (21, 3))
+
+# (seq_q, seq_k) on both sides of a forward tile (192 rows x 128 keys) and a backward tile (96 x 128).
+SIZES = ((1, 1), (1, 129), (95, 96), (97, 127), (128, 128), (129, 257), (191, 130), (192, 192), (193, 300), (391, 129))
+
+WINDOWS = ((-1, -1), (0, 0), (0, -1), (-1, 0), (5, 3), (200, 0), (-1, 130), (17, 1 << 40), (1 << 40, 0), (256, 256))
+
+
+def random_qkv(
+    seq_q: int,
+    seq_k: int,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 16,
+    head_dim_v: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    q = torch.randn(batch, seq_q, heads, head_dim).to(dtype)
+    k = torch.randn(batch, seq_k, kv_heads, head_dim).to(dtype)
+    v = torch.randn(batch, seq_k, kv_heads, head_dim_v).to(dtype)
+    return q, k, v
+
+
+def random_packed(
+    lengths_q: list[int], lengths_k: list[int], tail: int = 0, **sizes: Any
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Packed q, k, v with `tail` tokens behind the last sequence, and the offsets as arguments."""
+    q, k, v = random_qkv(sum(lengths_q) + tail, sum(lengths_k) + tail, **sizes)
+    offsets = {
+        name: torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        for name, lengths in (("cu_seqlens_q", lengths_q), ("cu_seqlens_k", lengths_k))
+    }
+    return q[0], k[0], v[0], offsets
+
+
+def everything(heads: int, rows: int | None = None) -> dict[str, Any]:
+    """Every argument at once; ALiBi slopes (rows, heads) when rows is given."""
+    slopes = torch.rand(heads) if rows is None else torch.rand(rows, heads)
+    return {"causal": True, "window_size": (150, -1), "softmax_scale": 0.3, "softcap": 5.0, "alibi_slopes": slopes * 0.1,
+            "sinks": torch.randn(heads)}  # fmt: skip
+
+
+def _in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    sinks = arguments.get("sinks")
+    return arguments if sinks is None else {**arguments, "sinks": sinks.to(dtype)}
+
+
+def check_forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """The kernel accumulates in float32 whatever its inputs are: float32 is the working precision of 16 bit inputs."""
+    out, lse = lcore.attention(q, k, v, **arguments, return_lse=True)
+    want = reference.attention(q.double(), k.double(), v.double(), **_in_dtype(arguments, torch.float64))
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    working = reference.attention(q.to(work), k.to(work), v.to(work), **_in_dtype(arguments, work))
+    assert out.dtype == q.dtype and out.is_contiguous()
+    assert_close(out, want[0], working[0].to(q.dtype), "out")
+    assert_close(lse, want[1], working[1], "lse")
+    return out, lse
+
+
+def gradients(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, arguments: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Gradients of <out, dout> + <lse, dlse> where lse is finite, by the inputs' names."""
+    leaves = {"q": q, "k": k, "v": v}
+    if arguments.get("sinks") is not None:
+        leaves["sinks"] = arguments["sinks"]
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    out, lse = attention(**{**arguments, **leaves})
+    roots, grads = [out], [dout]
+    if dlse is not None:
+        roots.append(lse)
+        grads.append(torch.where(lse.detach().isfinite(), dlse, 0.0))
+    found = torch.autograd.grad(roots, list(leaves.values()), grads)
+    return dict(zip(leaves, found, strict=True))
+
+
+def lcore_with_lse(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = lcore.attention(q, k, v, **arguments, return_lse=True)
+    return out, lse
+
+
+def check_backward(
+    q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = True, dout: Tensor | None = None, **arguments: Any
+) -> dict[str, Tensor]:
+    """All gradients against the formula's; returns the kernel's."""
+    out, lse = lcore_with_lse(q, k, v, **arguments)
+    dout = torch.randn_like(out) if dout is None else dout
+    dlse = torch.randn_like(lse) if with_lse else None
+
+    def formula(dtype: torch.dtype) -> dict[str, Tensor]:
+        inputs = [x.to(dtype) for x in (q, k, v, dout)]
+        wide = None if dlse is None else dlse.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        return gradients(reference.attention, *inputs, wide, _in_dtype(arguments, dtype))
+
+    got = gradients(lcore_with_lse, q, k, v, dout, dlse, arguments)
+    want, working = formula(torch.float64), formula(q.dtype)
+    for name, x in got.items():
+        assert_close(x, want[name], working[name].to(x.dtype), f"gradient of {name}")
+    return got

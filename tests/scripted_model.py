@@ -1,0 +1,124 @@
+"""A model and cache with the protocol that the generation loop uses, and no arithmetic: every difference is exact.
+
+The cache stores token ids, layer by layer. The logits are a hash of the whole history of the row in the last layer, so
+a token that is lost, repeated, reordered or read from padding changes all that follows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from types import SimpleNamespace
+
+import torch
+
+VOCAB = 64
+
+
+class ByteTokenizer:
+    """Token id = byte, for ASCII below VOCAB shifted by 64: "@ABC..." has the ids 0, 1, 2, ..."""
+
+    chat_template = "yes"
+    eos_token_ids = ()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids = [(ord(c) - 64) % VOCAB for c in text]
+        return [1, *ids] if add_special_tokens else ids
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(i + 64) for i in ids)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        turns = "".join(f"[{m['role']}]{m['content']}" for m in messages)
+        return turns + ("[assistant]" if add_generation_prompt else "")
+
+
+class HistoryCache:
+    page_size = 1
+    num_kv_heads = 1
+
+    def __init__(self, batch_size: int, num_layers: int = 3) -> None:
+        self.batch_size = batch_size
+        self.num_layers = num_layers
+        self.layers: list[list[list[int]]] = [[[] for _ in range(batch_size)] for _ in range(num_layers)]
+
+    def seen(self, layer: int = 0) -> torch.Tensor:
+        return torch.tensor([len(row) for row in self.layers[layer]])
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, *, lengths: torch.Tensor | None = None) -> None:
+        for row, ids, count in zip(self.layers[layer], k.tolist(), self._counts(k, lengths), strict=True):
+            row.extend(ids[:count])
+
+    def attend(self, layer: int, q: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, new): for each row that has queries the hash of its history, elsewhere 0."""
+        out = torch.zeros_like(q)
+        for row, count in enumerate(self._counts(q, lengths)):
+            out[row, :count] = zlib.crc32(str(self.layers[layer][row]).encode())
+        return out
+
+    @staticmethod
+    def _counts(x: torch.Tensor, lengths: torch.Tensor | None) -> list[int]:
+        return [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
+
+    def crop(self, lengths: int | torch.Tensor) -> None:
+        limits = torch.as_tensor(lengths).expand(self.batch_size).tolist()
+        for layer in self.layers:
+            for row, limit in zip(layer, limits, strict=True):
+                del row[limit:]
+
+    def fork(self) -> HistoryCache:
+        other = HistoryCache(self.batch_size, self.num_layers)
+        other.layers = [[list(row) for row in layer] for layer in self.layers]
+        return other
+
+    def reserve(self, tokens: int) -> None:
+        pass
+
+    def stats(self) -> dict[str, int]:
+        held = 8 * sum(len(row) for layer in self.layers for row in layer)
+        return {"bytes": held, "pool_bytes": held, "page_bytes": 8, "free_pages": 0}
+
+
+class HistoryModel:
+    """`script` maps a position to the token that must come there; other positions follow the hash."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, script: dict[int, int] | None = None, eos: tuple[int, ...] = (), limit: int = 0) -> None:
+        self.config = SimpleNamespace(
+            vocab_size=VOCAB,
+            eos_token_ids=eos,
+            max_position_embeddings=limit,
+            num_layers=3,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=1,
+            hidden_size=1,
+            intermediate_size=1,
+        )
+        self.tokenizer: ByteTokenizer | None = ByteTokenizer()
+        self.script = script or {}
+        self.steps: list[list[int]] = []  # real tokens of each row, step by step
+        self.interrupt_at: tuple[int, int] | None = None  # (step, layer) that raises KeyboardInterrupt
+
+    def new_cache(self, batch_size: int = 1, kv_format: str | None = None) -> HistoryCache:
+        return HistoryCache(batch_size)
+
+    def __call__(self, tokens, cache, *, last_only, lengths=None):
+        assert last_only
+        assert not torch.is_grad_enabled()
+        counts = [tokens.shape[1]] * tokens.shape[0] if lengths is None else lengths.tolist()
+        assert max(counts) == tokens.shape[1] and min(counts) > 0
+        for layer in range(self.config.num_layers):
+            if self.interrupt_at == (len(self.steps), layer):
+                self.interrupt_at = None
+                raise KeyboardInterrupt
+            cache.append(layer, tokens, tokens, lengths=lengths)
+        self.steps.append(counts)
+        digests = cache.attend(layer, tokens, lengths=lengths)[:, 0].tolist()
+        return torch.stack([self._logits(*pair) for pair in zip(digests, cache.seen().tolist(), strict=True)])[:, None]
+
+    def _logits(self, digest: int, position: int) -> torch.Tensor:
+        if position in self.script:
+            return torch.nn.functional.one_hot(torch.tensor(self.script[position]), VOCAB).float() * 50
+        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(digest))
