@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from tolerance import assert_close
+from torch import Tensor
 
 import lcore
 from lcore import reference
@@ -56,8 +56,8 @@ def random_packed(
 def everything(heads: int, rows: int | None = None) -> dict[str, Any]:
     """Every argument at once; ALiBi slopes (rows, heads) when rows is given."""
     slopes = torch.rand(heads) if rows is None else torch.rand(rows, heads)
-    return {"causal": True, "window_size": (150, -1), "softmax_scale": 0.3, "softcap": 5.0, "alibi_slopes": slopes * 0.1,
-            "sinks": torch.randn(heads)}  # fmt: skip
+    scores = {"softmax_scale": 0.3, "softcap": 5.0, "alibi_slopes": slopes * 0.1, "sinks": torch.randn(heads)}
+    return {"causal": True, "window_size": (150, -1), **scores}
 
 
 def _in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def check_forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Te
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     working = reference.attention(q.to(work), k.to(work), v.to(work), **_in_dtype(arguments, work))
     assert out.dtype == q.dtype and out.is_contiguous()
-    assert_close(out, want[0], working[0].to(q.dtype), "out")
+    # A float32 sum rounds at the size of its terms, which random values of size 1 average far below.
+    assert_close(out, want[0], working[0].to(q.dtype), "out", floor=0.0 if q.dtype in HALVES else 1.0)
     assert_close(lse, want[1], working[1], "lse")
     return out, lse
 
@@ -105,15 +106,35 @@ def check_backward(
     """All gradients against the formula's; returns the kernel's."""
     out, lse = lcore_with_lse(q, k, v, **arguments)
     dout = torch.randn_like(out) if dout is None else dout
-    dlse = torch.randn_like(lse) if with_lse else None
+    dlse = torch.randn_like(lse) if with_lse else torch.zeros_like(lse)
+    inputs = (q, k, v, dout)
+    got = gradients(lcore_with_lse, *inputs, dlse if with_lse else None, arguments)
 
-    def formula(dtype: torch.dtype) -> dict[str, Tensor]:
-        inputs = [x.to(dtype) for x in (q, k, v, dout)]
-        wide = None if dlse is None else dlse.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        return gradients(reference.attention, *inputs, wide, _in_dtype(arguments, dtype))
+    exact = _in_dtype(arguments, torch.float64)
+    want = gradients(reference.attention, *(x.double() for x in inputs), dlse.double(), exact)
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide, same = [x.to(work) for x in inputs], _in_dtype(arguments, work)
+    working = gradients(reference.attention, *wide, dlse - _rounding_of_out(*wide, q.dtype, same), same)
 
-    got = gradients(lcore_with_lse, q, k, v, dout, dlse, arguments)
-    want, working = formula(torch.float64), formula(q.dtype)
     for name, x in got.items():
-        assert_close(x, want[name], working[name].to(x.dtype), f"gradient of {name}")
+        # dP - delta cancels where a row sees one key: what is left is float32 rounding of terms of size 1.
+        floor = 0.02 if x.dtype in HALVES else 1.0
+        slack_ulp = _gradient_slack(x.dtype, lse)
+        assert_close(x, want[name], working[name].to(x.dtype), f"gradient of {name}", slack_ulp=slack_ulp, floor=floor)
     return got
+
+
+def _rounding_of_out(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dtype: torch.dtype, arguments: dict[str, Any]
+) -> Tensor:
+    """What delta = dout . out is off by because the forward kept out in dtype, shaped as lse: it acts as -dlse does."""
+    out, _ = reference.attention(q, k, v, **arguments)
+    return ((out.to(dtype).to(out.dtype) - out) * dout).sum(dim=-1).transpose(-1, -2)
+
+
+def _gradient_slack(dtype: torch.dtype, lse: Tensor) -> float | None:
+    """The backward recomputes e^(score - lse) from a rounded lse: a relative error of |lse| ulp of float32."""
+    if dtype != torch.float32:
+        return None
+    rounded = lse[lse.isfinite()].abs()
+    return 16 + (float(rounded.max()) if rounded.numel() else 0.0)

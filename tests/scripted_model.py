@@ -33,8 +33,8 @@ class ByteTokenizer:
 
 
 class HistoryCache:
-    page_size = 1
-    num_kv_heads = 1
+    page_size = num_kv_heads = head_dim = head_dim_v = 1
+    kv_format = "fp32"
 
     def __init__(self, batch_size: int, num_layers: int = 3) -> None:
         self.batch_size = batch_size
@@ -73,9 +73,12 @@ class HistoryCache:
     def reserve(self, tokens: int) -> None:
         pass
 
+    def bytes_per_token(self, layers: int, *_, **__) -> int:
+        return 8 * layers
+
     def stats(self) -> dict[str, int]:
         held = 8 * sum(len(row) for layer in self.layers for row in layer)
-        return {"bytes": held, "pool_bytes": held, "page_bytes": 8, "free_pages": 0}
+        return {"bytes": held, "pool_bytes": held, "free_pages": 0}
 
 
 class HistoryModel:

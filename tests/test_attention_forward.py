@@ -90,7 +90,7 @@ def test_sinks_of_every_size(dtype):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"causal": True}, {"window_size": (3, 2)}, {"causal": True, "softcap": 2.0}, {"causal": True, "softmax_scale": 0.0}],
+    [{"causal": True}, {"window_size": (3, 2)}, {"causal": True, "softcap": 2}, {"causal": True, "softmax_scale": 0}],
 )
 def test_rows_without_keys_are_neutral(arguments):
     q, k, v = random_qkv(333, 100)
@@ -206,6 +206,23 @@ def test_nan_in_a_masked_key_does_not_count():
     k[:, 30:] = math.nan
     out = lcore.attention(q, k, v, causal=True)
     assert out[:, :30].isfinite().all() and out[:, 30:].isnan().all()
+
+
+def test_more_batch_rows_than_16_bits_count():
+    q, k, v = random_qkv(1, 2, batch=70_000, head_dim=2)
+    out = lcore.attention(q, k, v)
+    assert_same_bits(out[-3:], lcore.attention(q[-3:], k[-3:], v[-3:]))
+
+
+def test_offsets_past_32_bits():
+    """The second row of the batch lies 2^31 elements behind the first; memory between them is never touched."""
+    dense = random_qkv(5, 9, batch=2, dtype=torch.bfloat16)
+    memory = torch.empty((1 << 31) + 9 * 2 * 16 * 3, dtype=torch.bfloat16)
+    views = []
+    for i, x in enumerate(dense):
+        far = memory[i * 9 * 2 * 16 :].as_strided(x.shape, ((1 << 31), *x.stride()[1:]))
+        views.append(far.copy_(x))
+    assert_same_bits(lcore.attention(*views, causal=True), lcore.attention(*dense, causal=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -96,6 +96,11 @@ def test_config_missing_or_broken(folder):
             NotImplementedError,
             "partial_rotary_factor must be 1 in these families, got 0.5",
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            NotImplementedError,
+            "partial_rotary_factor must be 1 in these families, got 0.25",
+        ),
         ({"hidden_size": None}, ValueError, "config.json must have hidden_size as a positive integer, got None"),
         ({"vocab_size": "9"}, ValueError, "config.json must have vocab_size as a positive integer, got 9"),
         (

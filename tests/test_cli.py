@@ -157,6 +157,16 @@ def test_info_says_what_runs_where(run):
     assert json.loads(run("info", "--json").stdout) == json.loads(json.dumps(facts))
 
 
+def test_eval_needle_passes_its_options_on(run, folder):
+    result = run("eval", "needle", "--model", folder, "--lengths", 600, "--samples", 1, "--needles", 2)
+    assert result.exit_code == 0, result.output
+    assert "600 tokens" in result.stdout and "needles found" in result.stdout
+    assert "--lengths" in run("eval", "needle", "--help").stdout
+    assert run("eval", "needle", "--samples", "x").exit_code == 2
+    failed = run("eval", "needle", "--model", folder, "--lengths", 10)
+    assert failed.exit_code == 1 and failed.stderr.startswith("error: ")
+
+
 def test_no_command_shows_help(run):
     result = run()
     assert all(command in result.output for command in ("generate", "info", "demo", "eval"))

@@ -25,7 +25,7 @@ def test_a_random_model_is_honestly_wrong(folder):
     result = demo("--model", folder, "--tokens", 3000, "--depths", "0,0.3,1")
     assert result.exit_code == 0, result.stderr
     out = result.stdout
-    assert "reading 3,000 tokens of Python sources with 3 needles" in out
+    assert "reading 3,000 tokens of Python sources with 3 hidden needles" in out
     for needle, depth in zip(make_needles(3, seed=0), ("0%", "30%", "100%"), strict=True):
         assert re.search(rf"^ *{depth} +{needle.key} +{needle.value} .*wrong$", out, re.MULTILINE)
     assert "0 of 3 right" in out
@@ -41,7 +41,7 @@ def test_own_text_and_seed(folder, tmp_path):
     path.write_text("a line of text\nand another\n" * 20)
     result = demo("--model", folder, "--tokens", 500, "--depths", "0.5", "--text", path, "--seed", 4)
     assert result.exit_code == 0, result.stderr
-    assert f"reading 500 tokens of {path} with 1 needles" in result.stdout
+    assert f"reading 500 tokens of {path} with 1 hidden needle\n" in result.stdout
     assert make_needles(1, seed=4)[0].key in result.stdout
 
 

@@ -1,5 +1,6 @@
 """Every kind of prompt and of end, and what bad arguments say."""
 
+import numpy as np
 import pytest
 import torch
 from scripted_model import VOCAB, HistoryModel
@@ -21,7 +22,7 @@ def written(*ids: int) -> dict[int, int]:
 def test_text_ids_and_tensors_are_the_same_prompt():
     text = generate("XYZ", max_new_tokens=5)
     ids = [1, *(ord(c) - 64 for c in "XYZ")]  # text begins with the begin-of-text token
-    for prompt in (ids, tuple(ids), torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
+    for prompt in (ids, tuple(ids), list(np.array(ids)), torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
         assert generate(prompt, max_new_tokens=5).tokens == text.tokens
     assert text.text == "".join(chr(64 + i) for i in text.tokens)
 
@@ -53,7 +54,8 @@ def test_end_of_text_is_reported_and_has_no_text():
 
 
 def test_stop_ids_end_the_text():
-    done = generate([9, 9], written(A, B, C), stop_ids=[C])
+    done = generate([9, 9], written(A, B, C), stop_ids=[C, 60])
+    assert done.tokens == generate([9, 9], written(A, B, C), stop_ids=C).tokens
     assert (done.text, done.tokens, done.reason) == ("AB", [A, B, C], "stop")
 
 

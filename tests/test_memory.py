@@ -17,8 +17,12 @@ CPU = torch.device("cpu")
 GIB = 1 << 30
 
 
+# 16 tokens in 2 layers with 3 heads of 8 are 6 pages: what they take in the pool, and what the cache counts for them.
+IN_POOL = 6 * 16 * 8 * 2 * 4
+COUNTED = 16 * lcore.PagedCache.bytes_per_token(2, 3, 8, "fp32", page_size=16)
+
+
 def new_cache(rows: int = 1) -> lcore.PagedCache:
-    """Pages of 16 tokens; 2 layers with 3 heads of 8 make 16 * 8 * 2 * 4 = 1024 bytes a page and 6144 a step."""
     return lcore.PagedCache(2, 3, 8, batch_size=rows, dtype=torch.float32, kv_format="fp32", page_size=16)
 
 
@@ -30,18 +34,17 @@ def fill(cache: lcore.PagedCache, tokens: int) -> None:
 def test_the_limit_is_exact():
     cache = new_cache()
     with pytest.raises(MemoryError):
-        memory.reserve(cache, [160], workspace=77, free=61_516)
+        memory.reserve(cache, [160], workspace=77, free=10 * COUNTED + 76)
     assert cache.stats()["pool_bytes"] == 0
-    memory.reserve(cache, [160], workspace=77, free=61_517)
-    assert cache.stats()["pool_bytes"] == 61_440
+    memory.reserve(cache, [160], workspace=77, free=10 * COUNTED + 77)
+    assert cache.stats()["pool_bytes"] == 10 * IN_POOL
 
 
 def test_what_was_reserved_is_enough():
     cache = new_cache()
-    memory.reserve(cache, [163], workspace=0, free=1 << 30)
-    before = cache.stats()["pool_bytes"]
+    memory.reserve(cache, [163], workspace=0, free=GIB)
     fill(cache, 163)
-    assert cache.stats()["pool_bytes"] == before == 10 * 6144
+    assert cache.stats()["pool_bytes"] == 10 * IN_POOL
 
 
 def test_the_error_says_needed_free_and_what_would_fit():
@@ -49,30 +52,30 @@ def test_the_error_says_needed_free_and_what_would_fit():
     with pytest.raises(MemoryError) as caught:
         memory.reserve(cache, [5000], workspace=77, free=20_077)
     assert str(caught.value) == (
-        "lcore.Generator: prompt + max_new_tokens must fit into memory: 5,000 tokens need 1,917,005 bytes "
-        "(cache 1,916,928, workspace 77), 20,077 bytes are free; 48 tokens would fit"
+        f"lcore.Generator: prompt + max_new_tokens must fit into memory: 5,000 tokens need {312 * COUNTED + 77:,} "
+        f"bytes (cache {312 * COUNTED:,}, workspace 77), 20,077 bytes are free; 48 tokens would fit"
     )
     memory.reserve(cache, [48], workspace=77, free=20_077)  # and it does
 
 
 def test_a_batch_is_the_sum_of_its_rows():
-    memory.reserve(new_cache(2), [16, 160], workspace=0, free=11 * 6144)
+    memory.reserve(new_cache(2), [16, 160], workspace=0, free=11 * COUNTED)
     with pytest.raises(MemoryError, match=r"2 rows of up to 160 tokens need .* 80 tokens a row would fit"):
-        memory.reserve(new_cache(2), [16, 160], workspace=0, free=11 * 6144 - 1)
+        memory.reserve(new_cache(2), [16, 160], workspace=0, free=11 * COUNTED - 1)
     cache = new_cache(2)
-    memory.reserve(cache, [16, 160], workspace=0, free=12 * 6144)
-    assert cache.stats()["pool_bytes"] == 12 * 6144  # the mean, rounded up to a page
+    memory.reserve(cache, [16, 160], workspace=0, free=GIB)
+    assert cache.stats()["pool_bytes"] == 12 * IN_POOL  # the mean, rounded up to a page
 
 
 def test_a_pool_that_grows_is_there_twice_for_a_moment():
     cache = new_cache()
     fill(cache, 160)
-    held = cache.stats()["pool_bytes"]
-    spare = cache.stats()["free_pages"]
-    memory.reserve(cache, [spare // 6 * 16], workspace=0, free=0)  # free pages of the pool cost nothing
+    cache.crop(16)
+    memory.reserve(cache, [144], workspace=0, free=0)  # free pages of the pool cost nothing
     with pytest.raises(MemoryError):
-        memory.reserve(cache, [(spare // 6 + 1) * 16], workspace=0, free=held)
-    memory.reserve(cache, [(spare // 6 + 1) * 16], workspace=0, free=held + 6144)
+        memory.reserve(cache, [160], workspace=0, free=10 * IN_POOL + COUNTED - 1)
+    memory.reserve(cache, [160], workspace=0, free=10 * IN_POOL + COUNTED)
+    assert cache.stats()["pool_bytes"] == 11 * IN_POOL
 
 
 def test_no_memory_at_all():

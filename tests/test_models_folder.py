@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from model_cases import CASES, edit_config, random_tokens, reference_logits, write_reference
+from model_cases import edit_config, random_tokens, reference_logits, write_reference
 from safetensors.torch import load_file, save_file
 
 import lcore
@@ -85,7 +85,18 @@ def test_training_a_mapped_model_leaves_the_file_alone(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-gqa-tied",
+        "llama-biases",
+        "llama-llama3",
+        "llama-yarn",
+        "mistral-window",
+        "qwen2-sliding",
+        "qwen3-sliding",
+    ],
+)
 def test_saved_folders_load_in_transformers(name, tmp_path):
     reference = write_reference(name, tmp_path / "theirs")
     model = lcore.load_model(tmp_path / "theirs")

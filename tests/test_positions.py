@@ -183,6 +183,9 @@ def test_dicts_by_layer_type():
     assert split_by_layer_type(flat) == {"full_attention": flat}
     nested = {"full_attention": flat, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
     assert split_by_layer_type(nested) == nested
+    with pytest.raises(TypeError) as wrong:
+        split_by_layer_type("linear")
+    assert str(wrong.value) == "lcore.RopeConfig: rope_parameters must be a dict, got str"
     with pytest.raises(NotImplementedError) as caught:
         split_by_layer_type({"chunked_attention": flat})
     assert str(caught.value) == (

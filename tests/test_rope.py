@@ -77,7 +77,8 @@ def test_values(head_dim, half, interleaved, dtype):
     got = lcore.rope(x, positions, inv_freq, **arguments)
     want = reference.rope(x.double(), positions, inv_freq, **arguments)
     assert got.dtype == dtype and got.is_contiguous()
-    assert_close(got, want, reference.rope(x, positions, inv_freq, **arguments), slack_ulp=1 << 24 if dtype == torch.float64 else None)
+    slack_ulp = 1 << 22 if dtype == torch.float64 else None  # of a phase of 2^20 radians
+    assert_close(got, want, reference.rope(x, positions, inv_freq, **arguments), slack_ulp=slack_ulp)
     assert_same_bits(got[..., 2 * half :], x[..., 2 * half :], "dims behind the rotary ones pass")
 
 
@@ -87,8 +88,7 @@ def test_scaling_leaves_passing_dims_alone():
     assert torch.equal(got[0, 0], torch.tensor([2.0, 2.0, 2.0, 2.0, 1.0, 1.0]))
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_the_two_pairings_are_one_permutation(interleaved):
+def test_the_two_pairings_are_one_permutation():
     x = torch.randn(9, 2, 8)
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # dims (m, m + 4) side by side
     halves = lcore.rope(x, torch.arange(9), frequencies(4))
@@ -124,7 +124,8 @@ def test_positions_of_each_batch_row():
         assert_same_bits(got[row], lcore.rope(x[row], positions[row], frequencies(8)), f"row {row}")
     strided = torch.stack([positions, positions], dim=-1)[..., 0]
     assert_same_bits(lcore.rope(x, strided, frequencies(8)), got)
-    assert_same_bits(lcore.rope(x, positions[:1].expand(3, 130), frequencies(8)), lcore.rope(x, positions[0], frequencies(8)))
+    shared = lcore.rope(x, positions[0], frequencies(8))
+    assert_same_bits(lcore.rope(x, positions[:1].expand(3, 130), frequencies(8)), shared)
 
 
 def test_strided_inputs():
@@ -133,8 +134,8 @@ def test_strided_inputs():
     x.copy_(torch.randn(x.shape))
     want = lcore.rope(x.contiguous(), torch.arange(40), frequencies(8))
     assert_same_bits(lcore.rope(x, torch.arange(40), frequencies(8)), want)
-    assert_same_bits(lcore.rope(x[..., ::2], torch.arange(40), frequencies(8)[::2]),
-                     lcore.rope(x[..., ::2].contiguous(), torch.arange(40), frequencies(8)[::2].contiguous()))  # fmt: skip
+    want = lcore.rope(x[..., ::2].contiguous(), torch.arange(40), frequencies(8)[::2].contiguous())
+    assert_same_bits(lcore.rope(x[..., ::2], torch.arange(40), frequencies(8)[::2]), want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -143,7 +144,8 @@ def test_gradient_is_the_inverse_rotation(inverse, dtype):
     x = torch.randn(2, 20, 3, 24).to(dtype).requires_grad_()
     dout = torch.randn(2, 20, 3, 24).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
     arguments = {"attention_scaling": 0.7, "interleaved": True}
-    (got,) = torch.autograd.grad(lcore.rope(x, torch.arange(20), frequencies(10), inverse=inverse, **arguments), x, dout)
+    out = lcore.rope(x, torch.arange(20), frequencies(10), inverse=inverse, **arguments)
+    (got,) = torch.autograd.grad(out, x, dout)
     want = lcore.rope(dout, torch.arange(20), frequencies(10), inverse=not inverse, **arguments)
     assert_same_bits(got, want)
 
@@ -197,7 +199,7 @@ def error_cases():
             ({"inv_freq": inv_freq.half()}, TypeError, "inv_freq must have dtype float32 or float64, got float16"),
             ({"inv_freq": inv_freq[None]}, ValueError, "inv_freq must have shape (rotary_dim / 2,) = (*,), got (1, 4)"),
             ({"inv_freq": torch.ones(5)}, ValueError, "inv_freq must have at most head_dim / 2 = 4 entries, got 5"),
-            ({"attention_scaling": math.inf}, ValueError, "attention_scaling must be finite, got inf"),
+            ({"attention_scaling": math.inf}, ValueError, "attention_scaling must be a finite number, got inf"),
         ]
     ]
 

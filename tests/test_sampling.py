@@ -70,6 +70,13 @@ def test_sample_is_the_inverse_distribution_function():
         assert sample(LOGITS, sampling, 3, position) == int((below <= u).sum())
 
 
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.25, 3), (1 - 2.0**-53, 4)])
+def test_numbers_on_a_border_never_choose_a_token_without_probability(monkeypatch, u, token):
+    monkeypatch.setattr("lcore.generation.sampling.uniform", lambda seed, position: u)
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, math.log(2.0), 0.0, -math.inf])
+    assert sample(logits, Sampling(temperature=1.0), 0, 0) == token
+
+
 def test_uniform_numbers_are_even_and_unrelated():
     rows = torch.tensor([[uniform(seed, position) for position in range(5000)] for seed in (0, 1, 2)])
     assert rows.min() >= 0 and rows.max() < 1

@@ -2,9 +2,9 @@
 //   A(i, k) is read as scalars at a[i * a_row + k * a_col], so a transposed A costs nothing;
 //   B is row-major (k, ldb), C row-major (rows, ldc), both padded to whole vectors of columns.
 // Register tile: 6 rows x 4 vectors with 32 registers (24 accumulators, 4 of B, broadcasts from memory), 6 x 2 with 16
-// (12 accumulators, 2 of B, 1 broadcast). Every element is summed over k in order with one FMA a step, whatever the tile
-// it falls in: a row's bits do not depend on how many rows stand beside it. The loops over the tile are unrolled by
-// name, or the accumulators would be an array in memory.
+// (12 accumulators, 2 of B, 1 broadcast). Every element is summed over k in order with one FMA a step, whatever the
+// tile it falls in: a row's bits do not depend on how many rows stand beside it. The loops over the tile are unrolled
+// by name, or the accumulators would be an array in memory.
 #pragma once
 
 #include <cstdint>

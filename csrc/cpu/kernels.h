@@ -1,5 +1,5 @@
-// The CPU kernels of one instruction set as a table of functions. Every source under csrc/cpu/<family>/ is compiled once
-// per instruction set, in a namespace of its own (LCORE_ISA), and the table is chosen once, at the first call.
+// The CPU kernels of one instruction set as a table of functions. Every source under csrc/cpu/<family>/ is compiled
+// once per instruction set, in a namespace of its own (LCORE_ISA), and the table is chosen once, at the first call.
 #pragma once
 
 #include <string>

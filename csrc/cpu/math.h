@@ -35,11 +35,18 @@ inline Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-// tanh x = 1 - 2 / (e^2x + 1); absolute error 1e-7, which is what a soft cap needs.
+// tanh x, relative error below 8 ulp: the odd Taylor polynomial of degree 11 for |x| < 0.3 (truncation 2e-9), where the
+// other form, 1 - 2 / (e^2x + 1), would cancel.
 inline Vec<float> tanh(Vec<float> x) {
   // Past 10 the result is 1 to the last bit, and exp must not overflow.
   const Vec<float> bounded = x > 10.0f ? splat(10.0f) : (x < -10.0f ? splat(-10.0f) : x);
-  return 1.0f - 2.0f / (exp(bounded * 2.0f) + 1.0f);
+  const Vec<float> large = 1.0f - 2.0f / (exp(bounded * 2.0f) + 1.0f);
+  const Vec<float> z = x * x;
+  Vec<float> p = splat(-1382.0f / 155925) * z + 62.0f / 2835;
+  p = p * z - 17.0f / 315;
+  p = p * z + 2.0f / 15;
+  p = p * z - 1.0f / 3;
+  return z < 0.09f ? x + x * (z * p) : large;
 }
 
 inline Vec<double> tanh(Vec<double> x) {

@@ -16,7 +16,14 @@ double peak_fma(Executor&);
 double peak_read(Executor&);
 
 extern const KernelTable kTable;
-const KernelTable kTable = {LCORE_STRING(LCORE_ISA), attention_forward,     attention_backward, cache_append,
-                            merge_states,            merge_states_backward, rope, peak_fma, peak_read};
+const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
+                            attention_forward,
+                            attention_backward,
+                            cache_append,
+                            merge_states,
+                            merge_states_backward,
+                            rope,
+                            peak_fma,
+                            peak_read};
 
 }  // namespace lcore::cpu::LCORE_ISA

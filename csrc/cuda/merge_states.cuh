@@ -23,8 +23,10 @@ __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T, class X>
 __device__ T narrow(X x) {
   if constexpr (sizeof(T) == 2) {
-    if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-    else return __float2bfloat16_rn(x);
+    if constexpr (std::is_same_v<T, __half>)
+      return __float2half_rn(x);
+    else
+      return __float2bfloat16_rn(x);
   } else {
     return x;
   }
@@ -40,7 +42,7 @@ __global__ void __launch_bounds__(kWarpLanes* kWarpsABlock) merge_states_kernel(
     const int64_t at = (batch * p.heads + head) * p.seq + seq;
     const Lse lse_a = static_cast<const Lse*>(p.lse_a)[at];
     const Lse lse_b = static_cast<const Lse*>(p.lse_b)[at];
-    const Lse top = lse_a > lse_b ? lse_a : lse_b;
+    const Lse top = isnan(lse_a) || lse_a > lse_b ? lse_a : lse_b;  // NaN wins
     const bool none = top == -INFINITY;
     // An infinite lse takes everything; two of them share it.
     const Lse a = none ? Lse{0} : (lse_a == top ? Lse{1} : exp(lse_a - top));

@@ -33,11 +33,11 @@ NB_MODULE(_runtime, m) {
           "allocate", [](PageAllocator& self, int64_t count) { return to_numpy(self.allocate(count)); },
           nb::arg("count"), "The lowest free ids, int32, each with one reference; OutOfPages when there are fewer.")
       .def(
-          "retain", [](PageAllocator& self, const Ids& ids) { self.retain(span_of(ids)); }, nb::arg("ids"),
+          "retain", [](PageAllocator& self, const Ids& ids) { self.retain(span_of(ids)); }, nb::arg("ids").noconvert(),
           "One reference more for each id.")
       .def(
-          "release", [](PageAllocator& self, const Ids& ids) { return self.release(span_of(ids)); }, nb::arg("ids"),
-          "One reference less for each id; returns how many pages became free.")
+          "release", [](PageAllocator& self, const Ids& ids) { return self.release(span_of(ids)); },
+          nb::arg("ids").noconvert(), "One reference less for each id; returns how many pages became free.")
       .def("grow", &PageAllocator::grow, nb::arg("num_pages"), "Adds pages up to this total.")
       .def("refcount", &PageAllocator::refcount, nb::arg("id"), "How many hold the page; 0 when it is free.")
       .def_prop_ro("num_pages", &PageAllocator::num_pages)

@@ -19,11 +19,21 @@ ScalarType lse_type(const Tensor& q) {
 
 const void* head_data(const char* op, const char* name, const OptionalTensor& t, ScalarType type, int64_t heads) {
   if (!t.has_value()) return nullptr;
-  require(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->dim() >= 1 &&
+  require(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->dim() >= 1 && t->dim() <= 2 &&
               t->size(t->dim() - 1) == heads,
-          op, std::string(name) + " must be contiguous " + torch::headeronly::toString(type) +
-                  " on the CPU with last size " + std::to_string(heads));
+          op,
+          std::string(name) + " must be contiguous " + torch::headeronly::toString(type) +
+              " on the CPU with last size " + std::to_string(heads));
   return t->data_ptr();
+}
+
+// The arguments that have one number a head; p knows its batch and heads.
+void set_head_data(const char* op, AttentionParams& p, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                   ScalarType sinks_type) {
+  p.alibi_slopes = static_cast<const float*>(head_data(op, "alibi_slopes", alibi_slopes, ScalarType::Float, p.heads));
+  p.alibi_batch = alibi_slopes.has_value() && alibi_slopes->dim() == 2 ? p.heads : 0;
+  require(p.alibi_batch == 0 || alibi_slopes->size(0) == p.batch, op, "alibi_slopes must have one row a sequence");
+  p.sinks = head_data(op, "sinks", sinks, sinks_type, p.heads);
 }
 
 // Offsets of packed sequences: int32, from 0, never falling, not past the tensor.
@@ -90,21 +100,17 @@ AttentionParams params_of(const char* op, const Tensor& q, const Tensor& k, cons
   p.window_right = mask.right;
   p.softmax_scale = softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max(p.head_dim, 1))));
   p.softcap = softcap;
-  p.alibi_slopes = static_cast<const float*>(head_data(op, "alibi_slopes", alibi_slopes, ScalarType::Float, heads));
-  p.alibi_batch = alibi_slopes.has_value() && alibi_slopes->dim() == 2 ? heads : 0;
-  require(p.alibi_batch == 0 || alibi_slopes->size(0) == p.batch, op, "alibi_slopes must have one row a sequence");
-  p.sinks = head_data(op, "sinks", sinks, lse_type(q), heads);
+  set_head_data(op, p, alibi_slopes, sinks, lse_type(q));
   return p;
 }
 
 // Output and LSE of q's shape. Tokens behind the last packed sequence, and padding rows, belong to no sequence: they
 // keep (0, -inf), the neutral element.
 std::tuple<Tensor, Tensor> new_results(const Tensor& q, AttentionParams& p, bool has_loose_rows) {
-  const std::vector<int64_t> out_shape =
-      q.dim() == 3 ? std::vector<int64_t>{p.seq_q, p.heads, p.head_dim_v}
-                   : std::vector<int64_t>{q.size(0), p.seq_q, p.heads, p.head_dim_v};
-  const std::vector<int64_t> lse_shape = q.dim() == 3 ? std::vector<int64_t>{p.heads, p.seq_q}
-                                                      : std::vector<int64_t>{q.size(0), p.heads, p.seq_q};
+  const std::vector<int64_t> out_shape = q.dim() == 3 ? std::vector<int64_t>{p.seq_q, p.heads, p.head_dim_v}
+                                                      : std::vector<int64_t>{q.size(0), p.seq_q, p.heads, p.head_dim_v};
+  const std::vector<int64_t> lse_shape =
+      q.dim() == 3 ? std::vector<int64_t>{p.heads, p.seq_q} : std::vector<int64_t>{q.size(0), p.heads, p.seq_q};
   Tensor out = new_tensor(q, out_shape);
   Tensor lse = new_tensor(q, lse_shape, lse_type(q));
   if (has_loose_rows) {
@@ -185,8 +191,7 @@ std::tuple<Tensor, Tensor> attention_paged(Tensor q, Tensor pool, Tensor page_ta
   require(p.kv_heads > 0 && p.heads % p.kv_heads == 0, op, "heads must be a multiple of kv_heads");
   require(tail_k.size(0) == p.batch && tail_k.size(3) == p.head_dim && tail_k.scalar_type() == q.scalar_type(), op,
           "tail_k must have q's batch, head_dim and dtype, got " + shape_text(tail_k));
-  const KvPages pages =
-      kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, {});
+  const KvPages pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, {});
   p.pages = &pages;
   p.q_lengths = row_counts(op, lengths, p.batch, p.seq_q);
   p.lse_head = p.seq_q;
@@ -196,9 +201,7 @@ std::tuple<Tensor, Tensor> attention_paged(Tensor q, Tensor pool, Tensor page_ta
   p.window_right = mask.right;
   p.softmax_scale = softmax_scale;
   p.softcap = softcap;
-  p.alibi_slopes = static_cast<const float*>(head_data(op, "alibi_slopes", alibi_slopes, ScalarType::Float, p.heads));
-  p.alibi_batch = alibi_slopes.has_value() && alibi_slopes->dim() == 2 ? p.heads : 0;
-  p.sinks = head_data(op, "sinks", sinks, lse_type(q), p.heads);
+  set_head_data(op, p, alibi_slopes, sinks, lse_type(q));
   auto results = new_results(q, p, lengths.has_value());
   TorchExecutor executor;
   cpu::kernels().attention_forward(p, executor);
@@ -210,7 +213,8 @@ std::tuple<Tensor, Tensor> attention_paged(Tensor q, Tensor pool, Tensor page_ta
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, bool causal=False, int[] window_size=[-1, -1], float? softmax_scale=None,"
+      "attention(Tensor q, Tensor k, Tensor v, bool causal=False, int[] window_size=[-1, -1], float? "
+      "softmax_scale=None,"
       " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? cu_seqlens_q=None,"
       " Tensor? cu_seqlens_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None) -> (Tensor out, Tensor lse)");
   m.def(

@@ -6,8 +6,8 @@
 namespace lcore {
 
 // pool (num_pages, page_bytes) uint8; page_table (batch, kv_heads, width) and kv_lengths (batch, kv_heads) int32; tails
-// (batch, kv_heads, page_size, dim); all contiguous on the CPU. `added` tokens come on top of kv_lengths (nullptr: none;
-// one number a sequence): every page up to there must be in the table and the pool.
+// (batch, kv_heads, page_size, dim); all contiguous on the CPU. `added` tokens come on top of kv_lengths, one number a
+// sequence, or none when it is empty: every page up to there must be in the table and the pool.
 KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, const Tensor& kv_lengths,
                  const Tensor& tail_k, const Tensor& tail_v, const std::string& k_format, const std::string& v_format,
                  int64_t page_size, const std::vector<int64_t>& added);

@@ -21,7 +21,8 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::Long:
       return DType::kInt64;
     default:
-      STD_TORCH_CHECK(false, "lcore: a tensor's dtype must be float32, float64, float16, bfloat16, int32 or int64, got ",
+      STD_TORCH_CHECK(false,
+                      "lcore: a tensor's dtype must be float32, float64, float16, bfloat16, int32 or int64, got ",
                       torch::headeronly::toString(tensor.scalar_type()));
   }
 }

@@ -36,12 +36,12 @@ consteval bool check_kernel(R (*)(A...)) {
 }
 #define LCORE_BOX(fn) (static_cast<void>(::lcore::check_kernel(&fn)), TORCH_BOX(&fn))
 
-DType dtype_of(const Tensor& tensor);                       // throws for an element type that no kernel knows
-DType format_of(const std::string& name);                   // "fp32", "fp16", "bf16"
-Strided strided(const Tensor& tensor);                      // (batch, seq, heads, dim) or (tokens, heads, dim)
+DType dtype_of(const Tensor& tensor);      // throws for an element type that no kernel knows
+DType format_of(const std::string& name);  // "fp32", "fp16", "bf16"
+Strided strided(const Tensor& tensor);     // (batch, seq, heads, dim) or (tokens, heads, dim)
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape,
                   std::optional<torch::headeronly::ScalarType> type = std::nullopt);
-std::string shape_text(const Tensor& tensor);               // "(2, 3)"
+std::string shape_text(const Tensor& tensor);  // "(2, 3)"
 
 // condition or RuntimeError("lcore.<op>: <text>")
 inline void require(bool condition, const char* op, const std::string& text) {
@@ -60,7 +60,8 @@ class TorchExecutor final : public Executor {
     torch::stable::parallel_for(0, workers_, 1, [&](int64_t begin, int64_t end) {
       // Inside another parallel region torch gives all workers' ranges to one call, which then takes every item.
       for (int64_t worker = begin; worker < end; ++worker) {
-        for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1)) item(context, i, static_cast<int>(worker));
+        for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1))
+          item(context, i, static_cast<int>(worker));
       }
     });
   }

@@ -22,9 +22,13 @@ MergeTensors merge_tensors(const Tensor& out_a, const Tensor& lse_a, const Tenso
   require(same_shape(out_a, out_b) && out_a.scalar_type() == out_b.scalar_type(), op,
           "out_b must have out_a's shape and dtype, got " + shape_text(out_b));
   const auto wanted = out_a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  MergeTensors t{torch::stable::contiguous(out_a), torch::stable::contiguous(lse_a), torch::stable::contiguous(out_b),
-                 torch::stable::contiguous(lse_b), torch::stable::empty_like(torch::stable::contiguous(out_a)),
-                 torch::stable::empty_like(torch::stable::contiguous(lse_a)), MergeParams{}};
+  MergeTensors t{torch::stable::contiguous(out_a),
+                 torch::stable::contiguous(lse_a),
+                 torch::stable::contiguous(out_b),
+                 torch::stable::contiguous(lse_b),
+                 torch::stable::empty_like(torch::stable::contiguous(out_a)),
+                 torch::stable::empty_like(torch::stable::contiguous(lse_a)),
+                 MergeParams{}};
   MergeParams& p = t.params;
   p.type = dtype_of(out_a);
   p.batch = rank == 4 ? out_a.size(0) : 1;
@@ -63,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor dout, Te
   const Tensor dense_dout = torch::stable::contiguous(dout), dense_dlse = torch::stable::contiguous(dlse);
   Tensor dout_b = torch::stable::empty_like(t.out), dlse_b = torch::stable::empty_like(t.lse);
   // The forward's results are not needed: their buffers take the gradients of a.
-  const MergeGradParams g{t.params,           dense_dout.data_ptr(), dense_dlse.data_ptr(), t.out.data_ptr(),
+  const MergeGradParams g{t.params,         dense_dout.data_ptr(), dense_dlse.data_ptr(), t.out.data_ptr(),
                           t.lse.data_ptr(), dout_b.data_ptr(),     dlse_b.data_ptr()};
   TorchExecutor executor;
   cpu::kernels().merge_states_backward(g, executor);

@@ -21,18 +21,17 @@ from lcore.evaluation.haystack import (
 )
 
 IGNORED, TEXT, ANSWER = 0, 1, 2  # what the loss does with a token
-COPIED_TOKENS = (2, 4, 2048)  # special tokens end, smallest and largest alphabet of the copying windows
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` batches of `batch` windows of `window` tokens; no needles: windows that repeat themselves."""
+    """`steps` batches of `batch` windows of `window` tokens."""
 
     steps: int
     batch: int
     window: int
-    needles: int = 0
-    questions: int = 0
+    needles: int
+    questions: int
 
 
 @dataclass(frozen=True)
@@ -92,27 +91,12 @@ class Windows:
         self.lines = [line.ids for line in lines]
 
     def batch(self, stage: Stage) -> Batch:
-        draw = self.retrieval if stage.needles else self.copying
-        rows = [draw(stage) for _ in range(stage.batch)]
+        rows = [self.window(stage) for _ in range(stage.batch)]
         tokens, positions, kinds = (torch.tensor(column) for column in zip(*rows, strict=True))
         return Batch(tokens[:, :-1], positions[:, :-1], tokens[:, 1:], kinds[:, 1:])
 
-    def copying(self, stage: Stage) -> tuple[list[int], list[int], list[int]]:
-        """A block of tokens over and over: from few distinct tokens, so that only longer contexts tell what follows."""
-        size = stage.window + 1
-        first, least, most = COPIED_TOKENS
-        period = self.random.randint(size // 6, size // 2)
-        alphabet = self.random.choices(
-            range(first, self.tokenizer.get_vocab_size()), k=int(_log_uniform(self.random, least, most))
-        )
-        block = self.random.choices(alphabet, k=period)
-        if self.random.random() < 0.2:
-            block = self.text(period)
-        tokens = (block * (size // period + 1))[:size]
-        return tokens, list(range(size)), [IGNORED] * (period + 2) + [ANSWER] * (size - period - 2)
-
-    def retrieval(self, stage: Stage) -> tuple[list[int], list[int], list[int]]:
-        """<bos>, text with needles between its lines, then questions with their answers; positions skip now and then."""
+    def window(self, stage: Stage) -> tuple[list[int], list[int], list[int]]:
+        """<bos>, text with needles between its lines, then questions and answers; positions skip here and there."""
         needles = self.needles(stage.needles)
         hidden = [self.encode(needle_sentence(needle)) for needle in needles]
         asked = [
@@ -141,7 +125,7 @@ class Windows:
         return tokens, self.positions(len(tokens), starts), kinds
 
     def needles(self, count: int) -> list[Needle]:
-        """Fresh keys and values; half of the time the keys share few words, so that one word does not tell them apart."""
+        """Fresh keys and values; half of the time from few words, so that one word of a key does not tell it apart."""
         adjectives, nouns = ADJECTIVES, NOUNS
         if self.random.random() < 0.5:
             words = min(64, max(2, math.isqrt(count - 1) + 1 + self.random.randrange(2)))
@@ -180,9 +164,6 @@ class Windows:
             room -= len(lines[-1])
             row += 1
         return lines
-
-    def text(self, size: int) -> list[int]:
-        return [token for line in self.text_lines(size) for token in line]
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -14,7 +14,8 @@ import torch
 import typer
 
 import lcore
-from lcore.demo import BUNDLED_MODEL, run_demo
+from lcore.demo import run_demo
+from lcore.evaluation import needle
 from lcore.generation import Done, Event, Generator, Stats, Token, show_prefill
 
 app = typer.Typer(
@@ -24,6 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+evaluate = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(evaluate, name="eval")
 
 ModelFolder = Annotated[
     Path, typer.Option("-m", "--model", help="Folder with config.json, safetensors and tokenizer.json.", exists=True)
@@ -145,10 +149,20 @@ def demo(
             tokens,
             depths=_numbers("--depths", depths),
             text_file=text,
-            model_folder=model or BUNDLED_MODEL,
+            model_folder=model or needle.BUNDLED_MODEL,
             seed=seed,
             say=typer.echo,
         )
+
+
+@evaluate.command(
+    "needle", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def eval_needle(context: typer.Context) -> None:
+    """Measure how often a model finds a needle, by length and depth of the document (--help for options)."""
+    sys.argv = ["lcore eval needle", *context.args]
+    with user_errors():
+        needle.main()
 
 
 def _read_text(path: str) -> str:

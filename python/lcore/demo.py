@@ -11,7 +11,6 @@ from lcore.evaluation.haystack import Needle, build_haystack, is_correct, make_n
 from lcore.generation import Completion, Generator, Stats
 from lcore.models import Decoder
 
-BUNDLED_MODEL = Path(__file__).parent / "data" / "needle"
 # A code of English or Python rarely has more characters a token; enough text to fill the document without wrapping.
 CHARACTERS_PER_TOKEN = 8
 ANSWER_TOKENS = 16
@@ -49,7 +48,7 @@ def run_demo(
     Raises: ValueError (a depth outside [0, 1], too few tokens for the needles, no tokenizer), OSError, MemoryError.
     """
     if not model_folder.is_dir():
-        raise FileNotFoundError(f"lcore demo: the model folder must exist, got {model_folder}")
+        raise FileNotFoundError(f"lcore demo: the model folder must exist, got {model_folder}; use --model")
     text = text_file.read_text(encoding="utf-8") if text_file else stdlib_text(tokens * CHARACTERS_PER_TOKEN)
     model = lcore.load_model(model_folder)
     needles = make_needles(len(depths), seed)
@@ -57,7 +56,8 @@ def run_demo(
     parameters = sum(weight.numel() for weight in model.parameters())
     info = lcore.build_info()
     say(f"lcore {info['version']} on {info['cpu_isa']}, {info['threads']} threads; {parameters / 1e6:.1f} M parameters")
-    say(f"reading {len(document):,} tokens of {text_file or 'Python sources'} with {len(needles)} needles")
+    hidden = f"{len(needles)} hidden needle{'s' if len(needles) > 1 else ''}"
+    say(f"reading {len(document):,} tokens of {text_file or 'Python sources'} with {hidden}")
 
     generator = Generator(model)
     read = one(generator.generate(document, max_new_tokens=0)).stats

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ FLOAT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "attention_paged": ("cpu",),
+    "cache_append_": ("cpu",),
     "merge_states": ("cpu", "cuda"),
     "rope": ("cpu",),
 }
@@ -22,10 +24,13 @@ def message(function: str, argument: str, rule: str, got: object) -> str:
     return f"lcore.{function}: {argument} must {rule}, got {got}"
 
 
-def require(condition: bool, function: str, argument: str, rule: str, got: object) -> None:
-    """ValueError unless condition holds: for shapes and values."""
+def require(condition: bool, function: str, argument: str, rule: str | Callable[[], str], got: object) -> None:
+    """ValueError unless condition holds: for shapes and values.
+
+    A rule that prints a tensor's size is a function: printing a symbolic size while torch.compile traces fixes it.
+    """
     if not condition:
-        raise ValueError(message(function, argument, rule, got))
+        raise ValueError(message(function, argument, rule if isinstance(rule, str) else rule(), got))
 
 
 def require_type(condition: bool, function: str, argument: str, rule: str, got: object) -> None:
@@ -64,7 +69,8 @@ def check_tensor(
         fits = value.dim() == len(shape) and all(
             isinstance(want, str) or size == want for size, want in zip(value.shape, shape, strict=True)
         )
-        require(fits, function, argument, shape_text(shape, names), tuple(value.shape))
+        if not fits:  # the text is only built here: symbolic sizes cannot be printed while tracing
+            raise ValueError(message(function, argument, shape_text(shape, names), tuple(value.shape)))
 
 
 def check_kernel(function: str, tensor: torch.Tensor) -> None:
@@ -74,6 +80,13 @@ def check_kernel(function: str, tensor: torch.Tensor) -> None:
         raise NotImplementedError(
             f"lcore.{function}: no kernel for device {tensor.device.type}; there is one for {' and '.join(devices)}"
         )
+
+
+def check_number(function: str, argument: str, value: Any, *, least: float = -sys.float_info.max) -> None:
+    """A finite number of at least `least`; by comparisons, which torch.compile can trace on a symbolic float."""
+    rule = "be a finite number" if least < 0 else f"be a finite number >= {least:g}"
+    require_type(isinstance(value, (int, float, torch.SymFloat, torch.SymInt)), function, argument, rule, value)
+    require(least <= value <= sys.float_info.max, function, argument, rule, value)
 
 
 def has_values(*tensors: torch.Tensor) -> bool:

@@ -19,16 +19,16 @@ namespace {
 
 template <class T>
 struct Buffers {
-  T* q;          // [rows][ld_dim], scaled
-  T* dout;       // [rows][ld_dim_v]
-  T* keys_t;     // [head_dim][keys]
-  T* values_t;   // [head_dim_v][keys]
-  T* keys;       // [keys][ld_dim]
-  T* values;     // [keys][ld_dim_v]
-  T* weights;    // [rows][keys]: scores, then P
-  T* dscores;    // [rows][keys]: dP, then dS
-  T* grad;       // [max(rows, keys)][ld_dim]: dQ or dK
-  T* grad_v;     // [keys][ld_dim_v]: dV
+  T* q;         // [rows][ld_dim], scaled
+  T* dout;      // [rows][ld_dim_v]
+  T* keys_t;    // [head_dim][keys]
+  T* values_t;  // [head_dim_v][keys]
+  T* keys;      // [keys][ld_dim]
+  T* values;    // [keys][ld_dim_v]
+  T* weights;   // [rows][keys]: scores, then P
+  T* dscores;   // [rows][keys]: dP, then dS
+  T* grad;      // [max(rows, keys)][ld_dim]: dQ or dK
+  T* grad_v;    // [keys][ld_dim_v]: dV
 };
 
 template <class T>
@@ -178,14 +178,6 @@ void query_gradient(const AttentionGradParams& g, const Plan<T>& plan, const Ite
   }
 }
 
-// Rows [begin, end) of a sequence that may see any of the keys [key, key + keys).
-KeyRange seeing_rows(const AttentionParams& p, const Sequence& s, int64_t key, int64_t keys) {
-  const int64_t shift = s.k_len - s.q_len;
-  const int64_t first = std::clamp<int64_t>(key - p.window_right - shift, 0, s.q_len);
-  const int64_t last = std::clamp<int64_t>(key + keys + p.window_left - shift, 0, s.q_len);
-  return {first * s.group, last * s.group};
-}
-
 template <class T>
 void key_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Item& item, const T* delta,
                    const Buffers<T>& b) {
@@ -195,7 +187,7 @@ void key_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Item
   load_block(p, plan, s, item.begin, item.count, b);
   std::fill(b.grad, b.grad + int64_t{item.count} * plan.ld_dim, T{0});
   std::fill(b.grad_v, b.grad_v + int64_t{item.count} * plan.ld_dim_v, T{0});
-  const KeyRange seeing = seeing_rows(p, s, item.begin, item.count);
+  const RowRange seeing = seeing_rows(p, s, item.begin, item.count);
   for (int64_t row = seeing.begin; row < seeing.end; row += plan.tile.rows) {
     const int rows = static_cast<int>(std::min<int64_t>(plan.tile.rows, seeing.end - row));
     load_rows_of(g, plan, s, row, rows, b);
@@ -222,8 +214,10 @@ std::vector<Item> list_items(const AttentionParams& p, int size, bool keys) {
       const int64_t total = keys ? s.k_len : s.rows();
       for (int64_t begin = 0; begin < total; begin += size) {
         const int count = static_cast<int>(std::min<int64_t>(size, total - begin));
-        const KeyRange other = keys ? seeing_rows(p, s, begin, count) : visible(p, s, begin, count);
-        items.push_back({s, begin, count, std::max<int64_t>(other.end - other.begin, 0) * count});
+        const RowRange rows = seeing_rows(p, s, begin, count);
+        const KeyRange range = visible(p, s, begin, count);
+        const int64_t length = keys ? rows.end - rows.begin : std::max<int64_t>(range.end - range.begin, 0);
+        items.push_back({s, begin, count, length * count});
       }
     }
   }
@@ -287,8 +281,7 @@ void run(const AttentionGradParams& g, Executor& executor) {
   for_each(list_items<T>(p, plan.tile.keys, true),
            [&](const Item& item, const Buffers<T>& b) { key_gradients(g, plan, item, delta, b); });
   if (g.dsinks != nullptr) {
-    executor.run(p.heads,
-                 [&](int64_t head, int) { static_cast<T*>(g.dsinks)[head] = sink_gradient(p, head, delta); });
+    executor.run(p.heads, [&](int64_t head, int) { static_cast<T*>(g.dsinks)[head] = sink_gradient(p, head, delta); });
   }
 }
 

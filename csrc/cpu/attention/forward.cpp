@@ -120,11 +120,17 @@ void reduce_span(const AttentionParams& p, const Plan<T>& plan, const Tile& tile
   for (int64_t key = range.begin / block * block; key < range.end; key += block) {
     const int keys = static_cast<int>(std::min<int64_t>(block, s.k_len - key));
     const int keys_padded = round_up_lanes<T>(keys);
+    // Rows that see nothing of the block (above the diagonal, left of the window) are left out of both products.
+    const RowRange seeing = seeing_rows(p, s, key, keys);
+    const int first = static_cast<int>(std::clamp<int64_t>(seeing.begin - tile.row, 0, tile.rows));
+    const int last = static_cast<int>(std::clamp<int64_t>(seeing.end - tile.row, first, tile.rows));
+    if (first == last) continue;
     load_keys_transposed(p, false, s, key, keys, b.staging, plan.ld_dim, b.keys, keys_padded);
     load_keys(p, true, s, key, keys, b.values, plan.ld_dim_v);
-    gemm<T, Accumulate::kOverwrite>({b.q, plan.ld_dim, 1}, b.keys, keys_padded, b.scores, keys_padded, tile.rows,
-                                    keys_padded, p.head_dim);
-    for (int r = 0; r < tile.rows; ++r) {
+    T* block_scores = b.scores + int64_t{first} * keys_padded;
+    gemm<T, Accumulate::kOverwrite>({b.q + int64_t{first} * plan.ld_dim, plan.ld_dim, 1}, b.keys, keys_padded,
+                                    block_scores, keys_padded, last - first, keys_padded, p.head_dim);
+    for (int r = first; r < last; ++r) {
       T* scores = b.scores + int64_t{r} * keys_padded;
       const Columns columns = visible_columns(p, s, tile.row + r, key, keys);
       if (columns.empty()) {
@@ -135,8 +141,9 @@ void reduce_span(const AttentionParams& p, const Plan<T>& plan, const Tile& tile
       finish_scores(p, s, tile.row + r, key, columns, scores);
       b.rescale[r] = softmax_row(columns, keys_padded, scores, b.span.max[r], b.span.sum[r]);
     }
-    gemm<T, Accumulate::kScaleAndAdd>({b.scores, keys_padded, 1}, b.values, plan.ld_dim_v, b.span.out, plan.ld_dim_v,
-                                      tile.rows, plan.ld_dim_v, keys, b.rescale);
+    gemm<T, Accumulate::kScaleAndAdd>({block_scores, keys_padded, 1}, b.values, plan.ld_dim_v,
+                                      b.span.out + int64_t{first} * plan.ld_dim_v, plan.ld_dim_v, last - first,
+                                      plan.ld_dim_v, keys, b.rescale + first);
   }
 }
 
@@ -145,7 +152,10 @@ template <class T>
 void merge(const State<T>& into, const State<T>& from, int rows, int ld) {
   for (int r = 0; r < rows; ++r) {
     const T both = std::max(into.max[r], from.max[r]);
-    if (both == -kInfinity<T>) continue;
+    if (both == -kInfinity<T>) {
+      into.sum[r] += from.sum[r];  // nothing on either side, or NaN where every score was
+      continue;
+    }
     const T keep = exp(splat(into.max[r] - both))[0];
     const T add = exp(splat(from.max[r] - both))[0];
     into.max[r] = both;

@@ -48,12 +48,26 @@ struct KeyRange {
 
 inline KeyRange visible(const AttentionParams& p, const Sequence& s, int64_t position) {
   const int64_t at = position + s.k_len - s.q_len;
-  return {std::clamp<int64_t>(at - p.window_left, 0, s.k_len), std::clamp<int64_t>(at + p.window_right + 1, 0, s.k_len)};
+  return {std::clamp<int64_t>(at - p.window_left, 0, s.k_len),
+          std::clamp<int64_t>(at + p.window_right + 1, 0, s.k_len)};
 }
 
 // Keys that any of the rows [row, row + rows) may see.
 inline KeyRange visible(const AttentionParams& p, const Sequence& s, int64_t row, int64_t rows) {
   return {visible(p, s, s.position(row)).begin, visible(p, s, s.position(row + rows - 1)).end};
+}
+
+// Rows [begin, end) of a sequence that may see any of the keys [key, key + keys).
+struct RowRange {
+  int64_t begin;
+  int64_t end;
+};
+
+inline RowRange seeing_rows(const AttentionParams& p, const Sequence& s, int64_t key, int64_t keys) {
+  const int64_t shift = s.k_len - s.q_len;
+  const int64_t first = std::clamp<int64_t>(key - p.window_right - shift, 0, s.q_len);
+  const int64_t last = std::clamp<int64_t>(key + keys + p.window_left - shift, first, s.q_len);
+  return {first * s.group, last * s.group};
 }
 
 // tile[r] = rows [row, row + rows) of a query-shaped tensor, times scale.

@@ -57,7 +57,8 @@ struct Side {
   int dim;
   char* tail;          // [page_size][dim]
   DType format;        // of the pages
-  int64_t page_begin;  // bytes from a page's start to these codes
+  int64_t page_begin;  // bytes from a page's start to these codes, and to the end of their padding
+  int64_t page_end;
 };
 
 char* row_of(char* data, DType type, int64_t row, int dim) {
@@ -78,9 +79,12 @@ void append(const CacheAppendParams& p, const Side& side, int64_t slot, int64_t 
     const RowsIn fresh = from_row(side.fresh, done);
     if (waiting + take == pages.page_size) {
       const int64_t id = pages.page_table[slot * pages.table_width + length / pages.page_size];
-      char* codes = reinterpret_cast<char*>(p.pool) + id * pages.page_bytes + side.page_begin;
+      char* page = reinterpret_cast<char*>(p.pool) + id * pages.page_bytes;
+      char* codes = page + side.page_begin;
+      char* padding = row_of(codes, side.format, pages.page_size, side.dim);
       copy_rows({side.tail, p.type, side.dim, 1}, waiting, side.dim, codes, side.format);
       copy_rows(fresh, take, side.dim, row_of(codes, side.format, waiting, side.dim), side.format);
+      std::memset(padding, 0, page + side.page_end - padding);
     } else {
       copy_rows(fresh, take, side.dim, row_of(side.tail, p.type, waiting, side.dim), p.type);
     }
@@ -98,7 +102,8 @@ Side side_of(const CacheAppendParams& p, bool value, int64_t batch, int64_t head
           dim,
           row_of(tail, p.type, (batch * p.kv_heads + head) * p.pages.page_size, dim),
           value ? p.pages.v_type : p.pages.k_type,
-          value ? p.pages.v_offset : 0};
+          value ? p.pages.v_offset : 0,
+          value ? p.pages.page_bytes : p.pages.v_offset};
 }
 
 }  // namespace

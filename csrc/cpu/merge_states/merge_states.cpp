@@ -27,6 +27,10 @@ struct Weights {
 
 template <class T>
 Weights<T> weigh(T lse_a, T lse_b) {
+  if (std::isnan(lse_a) || std::isnan(lse_b)) {
+    const T nan = lse_a + lse_b;
+    return {nan, nan, nan};
+  }
   const T top = std::max(lse_a, lse_b);
   if (top == -kInfinity<T>) return {T{0}, T{0}, top};
   // An infinite lse (a sink of +inf) takes everything; two of them share it.

@@ -1,7 +1,8 @@
 // Rotary position embedding (Su et al. 2021, RoFormer): each pair (x, y) of a head at position p turns by the angle
 // p * inv_freq[m]:  x' = x cos - y sin,  y' = y cos + x sin, both times attention_scaling.
 // The angle is formed in turns, in double, and the product's rounding error is carried along: only the fraction of a
-// turn reaches float, so the phase is exact to 1e-7 at ten million tokens, where a float product is off by half a radian.
+// turn reaches float, so the phase is exact to 1e-7 at ten million tokens, where a float product is off by half a
+// radian.
 #include "core/rope.h"
 
 #include <algorithm>

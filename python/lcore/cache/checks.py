@@ -1,89 +1,104 @@
-"""Argument checks of the paged cache, all before any state changes."""
+"""Argument checks of `PagedCache`: each before anything changes, each free of text until it fails."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lcore.cache.layout import FORMAT_OF_DTYPE, PageLayout
-from lcore.errors import check_tensor, require, require_type
+from lcore.errors import check_tensor, message, require, require_type
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)
+MAX_TOKENS = 2**31 - 1  # of one head: lengths are int32
 
 
-def check_geometry(
+def check_int(function: str, argument: str, value: Any, low: int, high: int | None = None) -> None:
+    """An integer in [low, high]."""
+    rule = f"be an integer >= {low}" if high is None else f"be an integer in [{low}, {high}]"
+    require_type(isinstance(value, int) and not isinstance(value, bool), function, argument, rule, repr(value))
+    require(value >= low and (high is None or value <= high), function, argument, rule, value)
+
+
+def check_options(
+    function: str,
     sizes: dict[str, int],
-    head_dim_v: int | None,
     dtype: torch.dtype,
     device: str | torch.device,
     rotate: bool,
-    policy: Any,
     max_bytes: int | None,
+    policy: Any,
 ) -> None:
-    name = "PagedCache"
-    for argument, size in (sizes if head_dim_v is None else {**sizes, "head_dim_v": head_dim_v}).items():
-        require_type(isinstance(size, int), name, argument, "be an integer >= 1", size)
-        require(size >= 1, name, argument, "be an integer >= 1", size)
-        if argument.startswith("head_dim"):
-            require(size <= 512, name, argument, "be at most 512", size)
-    require_type(dtype in FORMAT_OF_DTYPE, name, "dtype", "be float32, float16 or bfloat16", dtype)
-    if torch.device(device).type != "cpu":
-        raise NotImplementedError(f"lcore.PagedCache: no kernels for device {device} yet; use device='cpu'")
+    """What a cache is made with; NotImplementedError for what is not there yet."""
+    for argument, size in sizes.items():
+        check_int(function, argument, size, 1)
+    require_type(dtype in _DTYPES, function, "dtype", "be float32, float16 or bfloat16", dtype)
+    if max_bytes is not None:
+        check_int(function, "max_bytes", max_bytes, 0)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(message(function, "device", "be a torch device", device)) from None
+    if kind != "cpu":
+        raise NotImplementedError(f"lcore.{function}: no kernels for device {device} yet; use device='cpu'")
     if rotate:
-        raise NotImplementedError("lcore.PagedCache: rotate=True needs the low-bit formats, which are not there yet")
+        raise NotImplementedError(f"lcore.{function}: no kernels for rotate=True yet; use rotate=False")
     if policy is not None:
-        raise NotImplementedError("lcore.PagedCache: eviction policies are not there yet; use policy=None")
-    require(max_bytes is None or max_bytes >= 0, name, "max_bytes", "be None or >= 0", max_bytes)
+        raise NotImplementedError(f"lcore.{function}: no eviction policies yet; use policy=None, and crop")
 
 
-def check_layer(function: str, layer: int, num_layers: int) -> None:
-    rule = f"be an integer in [0, {num_layers})"
-    require_type(isinstance(layer, int), f"PagedCache.{function}", "layer", rule, layer)
-    require(0 <= layer < num_layers, f"PagedCache.{function}", "layer", rule, layer)
-
-
-def check_new_tokens(
-    k: Tensor, v: Tensor, batch: int, kv_heads: int, layout: PageLayout, dtype: torch.dtype
+def check_states(
+    function: str, argument: str, x: Any, dtype: torch.dtype, shape: tuple[int | str, ...], names: str
 ) -> None:
-    name = "PagedCache.append"
-    check_tensor(name, "k", k, dtypes=(dtype,), device=_CPU, shape=(batch, "*", kv_heads, layout.head_dim),
-                 names="batch, new, kv_heads, head_dim")  # fmt: skip
-    check_tensor(name, "v", v, dtypes=(dtype,), device=_CPU, shape=(batch, k.shape[1], kv_heads, layout.head_dim_v),
-                 names="batch, new, kv_heads, head_dim_v")  # fmt: skip
+    """q, k or v: (batch, new, heads, dim) with "*" for a free size."""
+    if (
+        isinstance(x, Tensor)
+        and x.dtype is dtype
+        and x.device == CPU
+        and len(x.shape) == len(shape)
+        and all(want in ("*", size) for want, size in zip(shape, x.shape, strict=True))
+    ):
+        return
+    check_tensor(function, argument, x, dtypes=(dtype,), shape=shape, names=names, device=CPU)
 
 
-def check_query(
-    q: Tensor,
-    batch: int,
-    kv_heads: int,
-    layout: PageLayout,
-    dtype: torch.dtype,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-) -> None:
-    name = "PagedCache.attend"
-    check_tensor(name, "q", q, dtypes=(dtype,), device=_CPU, shape=(batch, "*", "*", layout.head_dim),
-                 names="batch, new, heads, head_dim")  # fmt: skip
-    heads = q.shape[2]
-    rule = f"have heads a positive multiple of kv_heads {kv_heads}"
-    require(heads > 0 and heads % kv_heads == 0, name, "q", rule, heads)
-    if alibi_slopes is not None:
-        shape = (heads,) if alibi_slopes.dim() == 1 else (batch, heads)
-        check_tensor(name, "alibi_slopes", alibi_slopes, dtypes=(torch.float32,), device=_CPU, shape=shape,
-                     names="heads" if alibi_slopes.dim() == 1 else "batch, heads")  # fmt: skip
-    if sinks is not None:
-        check_tensor(name, "sinks", sinks, device=_CPU, shape=(heads,), names="heads")
-
-
-def row_lengths(function: str, lengths: Tensor | None, batch: int, new: int) -> Tensor | None:
-    """The right-padded rows' lengths as contiguous int64, checked."""
+def row_counts(function: str, lengths: Any, batch: int, new: int) -> Tensor | None:
+    """lengths as contiguous int64 (batch,), each in [0, new]; None when every row is full."""
     if lengths is None:
         return None
-    name = f"PagedCache.{function}"
-    check_tensor(name, "lengths", lengths, dtypes=(torch.int64, torch.int32), device=_CPU, shape=(batch,),
-                 names="batch")  # fmt: skip
-    values = lengths.tolist()
-    require(all(0 <= n <= new for n in values), name, "lengths", f"lie in [0, {new}]", values)
-    return lengths.to(torch.int64).contiguous()
+    check_tensor(function, "lengths", lengths, dtypes=_INTEGERS, shape=(batch,), names="batch", device=CPU)
+    counts = lengths.to(torch.int64).contiguous()
+    host = counts.numpy()
+    require(host.min() >= 0 and host.max() <= new, function, "lengths", f"lie in [0, {new}]", host.tolist())
+    return counts
+
+
+def row_limits(function: str, n: Any, batch: int) -> NDArray[np.int64]:
+    """The number of tokens to keep in each row, from one for all or a (batch,) tensor."""
+    if not isinstance(n, Tensor):
+        check_int(function, "n", n, 0)
+        return np.full(batch, min(n, MAX_TOKENS), dtype=np.int64)
+    check_tensor(function, "n", n, dtypes=_INTEGERS, shape=(batch,), names="batch", device=CPU)
+    limits = n.to(torch.int64).numpy()
+    require(limits.min() >= 0, function, "n", "be >= 0", limits.tolist())
+    return limits
+
+
+def check_heads(
+    function: str, alibi_slopes: Tensor | None, sinks: Tensor | None, batch: int, heads: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """alibi_slopes and sinks as the kernel takes them: float32 and contiguous."""
+    if alibi_slopes is not None:
+        check_tensor(function, "alibi_slopes", alibi_slopes, dtypes=(torch.float32,), device=CPU)
+        fits = tuple(alibi_slopes.shape) in ((heads,), (batch, heads))
+        rule = f"have shape ({heads},) or ({batch}, {heads})"
+        require(fits, function, "alibi_slopes", rule, tuple(alibi_slopes.shape))
+        alibi_slopes = alibi_slopes.detach().contiguous()
+    if sinks is not None:
+        check_tensor(function, "sinks", sinks, shape=(heads,), names="heads", device=CPU)
+        sinks = sinks.detach().to(torch.float32).contiguous()
+    return alibi_slopes, sinks

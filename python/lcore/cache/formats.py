@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcore.cache.checks import check_int
 from lcore.errors import message, require_type
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector; csrc/core/kv_pages.h has the same number
 _PLANNED = ("fp8", "int8", "int4", "int2")
+_MAX_HEAD_DIM = 512
+_MAX_PAGE_SIZE = 4096  # a tail of so many tokens stands beside every head
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def parse_formats(function: str, kv_format: str | tuple[str, str]) -> tuple[Form
 
 @dataclass(frozen=True)
 class PageLayout:
-    """A page: `page_size` tokens of one kv head, K codes [page_size][head_dim], then V codes [page_size][head_dim_v]."""
+    """`page_size` tokens of one kv head: K codes [page_size][head_dim], then V codes [page_size][head_dim_v]."""
 
     page_size: int
     head_dim: int
@@ -83,6 +86,17 @@ class PageLayout:
             _cast(k.contiguous().view(self.k.dtype).unflatten(-1, (self.page_size, self.head_dim)), dtype),
             _cast(v.contiguous().view(self.v.dtype).unflatten(-1, (self.page_size, self.head_dim_v)), dtype),
         )
+
+
+def page_layout(
+    function: str, head_dim: int, head_dim_v: int | None, kv_format: str | tuple[str, str], page_size: int
+) -> PageLayout:
+    """The layout from a caller's arguments, checked."""
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    check_int(function, "head_dim", head_dim, 1, _MAX_HEAD_DIM)
+    check_int(function, "head_dim_v", head_dim_v, 1, _MAX_HEAD_DIM)
+    check_int(function, "page_size", page_size, 1, _MAX_PAGE_SIZE)
+    return PageLayout(page_size, head_dim, head_dim_v, *parse_formats(function, kv_format))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

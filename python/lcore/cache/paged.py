@@ -1,37 +1,53 @@
-"""The paged KV cache."""
+"""`lcore.PagedCache`: keys and values of a model's layers, in pages."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import os
+import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lcore.cache.checks import check_geometry, check_layer, check_new_tokens, check_query, row_lengths
-from lcore.cache.layer import CacheLayer
-from lcore.cache.layout import PageLayout, check_page_size, parse_format
+from lcore.cache import kernels
+from lcore.cache.checks import MAX_TOKENS, check_heads, check_int, check_options, check_states, row_counts, row_limits
+from lcore.cache.formats import page_layout
 from lcore.cache.pool import PagePool
+from lcore.cache.slots import Slots
 from lcore.errors import require
 from lcore.ops.attention import check_scores
 
 
 class PagedCache:
-    """Keys and values of a decoder's layers in pages, for every sequence and kv head its own number of them.
+    """Keys and values of all layers for a batch of sequences, in pages of one pool.
 
-    All pages of all layers and heads are rows of one uint8 tensor. A page holds `page_size` tokens of one kv head in
-    `kv_format`; the tokens of a page that is not full yet wait in the model's dtype. A page is written once, when it is
-    full, so its bytes do not depend on how the tokens arrived. Forks share pages by reference counts.
+    A page holds `page_size` tokens of one kv head: its K codes, then its V codes, each in its format. It is encoded
+    once, when its last token arrives; tokens of a page that is not full yet wait, in the model's dtype, in the tail of
+    their (layer, row, head). So what is stored does not depend on how a text was cut into chunks.
 
     Args:
-        num_layers, num_kv_heads, head_dim: the model's geometry; head_dim_v when values differ from keys.
-        batch_size: sequences.
-        dtype: of keys, values and queries: float32, float16 or bfloat16.
+        num_layers, num_kv_heads, head_dim: geometry of the model. head_dim_v: that of the values, default head_dim;
+            both up to 512.
+        batch_size: rows, that is sequences.
+        dtype: of what is appended and of the queries: float32, float16 or bfloat16.
         device: "cpu".
-        kv_format: "fp32", "fp16" or "bf16", or a pair of them for keys and values.
-        page_size: tokens a page.
-        max_bytes: most bytes the pages may take, of this cache and its forks together; None for no limit.
+        kv_format: "fp32", "fp16" or "bf16", or a pair of them for K and V. Rounding is to nearest even.
+        rotate: False; a Hadamard rotation before coding is not there yet.
+        page_size: tokens a page, 1 to 4096.
+        max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
+        policy: None; eviction is not there yet.
+
     Raises:
-        TypeError, ValueError: arguments. NotImplementedError: formats, devices, rotate and policy that are not there.
+        TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
+        system has no room. A call that raises one of these has changed nothing, and the cache can be used on.
+
+    Memory: the pool grows to half more than it was by copying, so that for a moment both are held; `reserve` makes it
+        exact and once. Forks share the pool and its full pages; tables and tails are their own. Pages go back to the
+        pool when the last cache that holds them is closed or garbage-collected, the pool to the system with the last
+        cache of the family.
+    Threads: forks of one family may be used by different threads; one cache by one thread at a time.
+    Gradients: none are kept.
     """
 
     def __init__(
@@ -50,37 +66,37 @@ class PagedCache:
         policy: Any = None,
         head_dim_v: int | None = None,
     ) -> None:
-        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "batch_size": batch_size}
-        check_geometry(sizes, head_dim_v, dtype, device, rotate, policy, max_bytes)
-        check_page_size("PagedCache", page_size)
-        k_format, v_format = parse_format("PagedCache", kv_format)
-        self.num_layers, self.num_kv_heads, self.batch_size, self.dtype = num_layers, num_kv_heads, batch_size, dtype
-        self.layout = PageLayout(page_size, head_dim, head_dim if head_dim_v is None else head_dim_v, k_format, v_format)
-        self._pool = PagePool(self.layout, max_bytes)
-        self._layers = [CacheLayer(self._pool, batch_size, num_kv_heads, dtype) for _ in range(num_layers)]
-
-    @property
-    def kv_format(self) -> tuple[str, str]:
-        """Formats of keys and values."""
-        return self.layout.k_format, self.layout.v_format
-
-    @property
-    def page_size(self) -> int:
-        return self.layout.page_size
+        layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size)
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
+        check_options("PagedCache", sizes, dtype, device, rotate, max_bytes, policy)
+        self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
+        self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.kv_format = (layout.k.name, layout.v.name)
+        self.page_size, self.max_bytes = page_size, max_bytes
+        pool = PagePool(layout.page_bytes, max_bytes)
+        shape = (num_layers, batch_size, num_kv_heads)
+        self._slots: Slots | None = Slots.empty("PagedCache", pool, layout, shape, dtype)
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
-        """Adds new tokens to one layer.
+        """Puts new tokens behind those that a layer holds.
 
         Args:
-            layer: index of the layer.
-            k, v: (batch, new, kv_heads, head_dim) and (.., head_dim_v), the cache's dtype, any strides.
-            lengths: int64 (batch,), real tokens of each right-padded row; default: all.
+            layer: 0 .. num_layers - 1.
+            k: (batch, new, kv_heads, head_dim), dtype, any strides. v: (batch, new, kv_heads, head_dim_v).
+            lengths: (batch,) int64 or int32, the real tokens of each row when rows are padded on the right. What
+                stands behind them is not read.
+
         Raises:
-            TypeError, ValueError: arguments. MemoryError: max_bytes; then nothing has changed.
+            MemoryError: the pages do not fit into max_bytes; they are taken before anything is written.
         """
-        check_layer("append", layer, self.num_layers)
-        check_new_tokens(k, v, self.batch_size, self.num_kv_heads, self.layout, self.dtype)
-        self._layers[layer].append(k, v, row_lengths("append", lengths, self.batch_size, k.shape[1]))
+        slots = self._layer("PagedCache.append", layer)
+        batch, heads = self.batch_size, self.num_kv_heads
+        names = "batch, new, kv_heads, head_dim"
+        check_states("PagedCache.append", "k", k, self.dtype, (batch, "*", heads, self.head_dim), names)
+        check_states("PagedCache.append", "v", v, self.dtype, (batch, k.shape[1], heads, self.head_dim_v), names + "_v")
+        counts = row_counts("PagedCache.append", lengths, batch, k.shape[1])
+        slots.append("PagedCache.append", layer, k.detach(), v.detach(), counts)
 
     def attend(
         self,
@@ -94,120 +110,137 @@ class PagedCache:
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the tokens appended last: causal among themselves, all older keys visible.
+        """Attention of the last tokens appended to a layer over all that it holds, causal.
+
+        Formula: `lcore.attention` with causal=True over the keys and values as stored.
 
         Args:
-            q: (batch, new, heads, head_dim), the cache's dtype; heads is a multiple of kv_heads.
-            lengths: int64 (batch,), real tokens of each right-padded row; rows past it give 0.
-            window_size, softmax_scale, softcap, alibi_slopes, sinks: as in lcore.attention.
+            q: (batch, new, heads, head_dim), dtype, any strides; heads is a multiple of num_kv_heads. Row i of n real
+                rows is the token at position held - n + i.
+            lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
+            window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
+
         Returns:
-            (batch, new, heads, head_dim_v). Inference only: no gradients.
-        """
-        check_layer("attend", layer, self.num_layers)
-        check_query(q, self.batch_size, self.num_kv_heads, self.layout, self.dtype, alibi_slopes, sinks)
-        check_scores("attend", window_size, softmax_scale, softcap)
-        counts = row_lengths("attend", lengths, self.batch_size, q.shape[1])
-        state = self._layers[layer]
-        least, newest = state.shortest(), q.shape[1] if counts is None else int(counts.max())
-        require(newest <= least or counts is not None, "attend", "q", f"have at most the {least} cached tokens", newest)
-        out, _ = torch.ops.lcore.attention_paged(
-            q,
-            self._pool.memory,
-            state.table,
-            state.lengths,
-            state.tail_k,
-            state.tail_v,
-            self.layout.k_format,
-            self.layout.v_format,
-            self.page_size,
-            counts,
-            list(window_size),
-            self.layout.head_dim**-0.5 if softmax_scale is None else softmax_scale,
-            softcap,
-            alibi_slopes,
-            None if sinks is None else sinks.float().contiguous(),
-        )
-        return out
-
-    def seen(self, layer: int = 0) -> Tensor:
-        """int64 (batch,): tokens each row has in this layer, which is the position of its next one."""
-        check_layer("seen", layer, self.num_layers)
-        return self._layers[layer].seen.clone()
-
-    def lengths(self, layer: int) -> Tensor:
-        """int32 (batch, kv_heads): tokens kept for each head."""
-        check_layer("lengths", layer, self.num_layers)
-        return self._layers[layer].lengths.clone()
-
-    def reserve(self, tokens: int) -> None:
-        """Makes room for this many tokens a row in every layer, those already held included, in one allocation.
+            (batch, new, heads, head_dim_v), dtype; 0 in padding rows.
 
         Raises:
-            ValueError: tokens < 0. MemoryError: more than max_bytes, or than the machine has; nothing has changed.
+            ValueError: also when a row has more queries than the layer holds tokens.
         """
-        require(tokens >= 0, "PagedCache.reserve", "tokens", "be >= 0", tokens)
-        full = tokens // self.page_size
-        missing = sum(layer.pages_missing(full) for layer in self._layers)
-        for layer in self._layers:
-            layer.widen(full)
-        self._pool.reserve(missing)
+        name = "PagedCache.attend"
+        slots = self._layer(name, layer)
+        shape = (self.batch_size, "*", "*", self.head_dim)
+        check_states(name, "q", q, self.dtype, shape, "batch, new, heads, head_dim")
+        new, heads = q.shape[1], q.shape[2]
+        rule = f"have heads a positive multiple of num_kv_heads {self.num_kv_heads}"
+        require(heads > 0 and heads % self.num_kv_heads == 0, name, "q", rule, heads)
+        check_scores(name, window_size, softmax_scale, softcap)
+        counts = row_counts(name, lengths, self.batch_size, new)
+        alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, heads)
+        view = slots.layers[layer]
+        held = view.host_lengths.min(axis=1)
+        fits = (held >= (new if counts is None else counts.numpy())).all()
+        require(fits, name, "q", f"have at most the {held.tolist()} tokens held by each row", q.shape[1])
+        scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
+        return kernels.attend(
+            slots.pool.data, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
+        )
 
-    def crop(self, tokens: int | Tensor) -> None:
-        """Keeps the first `tokens` of every row, one number or int64 (batch,), in every layer; shorter ones stay.
+    def seen(self, layer: int = 0) -> Tensor:
+        """(batch,) int64: tokens ever appended to a layer in each row, the position of the next one."""
+        return self._layer("PagedCache.seen", layer).lengths[layer, :, 0].to(torch.int64)
 
-        The kept tokens of a page that is cut come back to the tail; pages that fall away are free again. Layers of
-        unequal length, as an interrupted forward pass leaves them, are equal after a crop to the shortest.
+    def lengths(self, layer: int) -> Tensor:
+        """(batch, kv_heads) int32: tokens that a layer holds, a copy."""
+        return self._layer("PagedCache.lengths", layer).lengths[layer].clone()
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for every row to hold `tokens` tokens in all layers, in one exact allocation.
+
+        Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
         """
-        rows = torch.as_tensor(tokens, dtype=torch.int64).expand(self.batch_size)
-        require(bool((rows >= 0).all()), "PagedCache.crop", "tokens", "be >= 0", rows.tolist())
-        for layer in self._layers:
-            layer.crop(rows)
+        slots = self._open("PagedCache.reserve")
+        check_int("PagedCache.reserve", "tokens", tokens, 0, MAX_TOKENS)
+        slots.reserve("PagedCache.reserve", tokens)
+
+    def crop(self, n: int | Tensor) -> None:
+        """Keeps the first n tokens of every row in every layer; what holds no more than n is left as it is.
+
+        So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
+        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes.
+
+        Args:
+            n: tokens to keep, one number or (batch,) int64 or int32.
+        """
+        self._open("PagedCache.crop").crop(row_limits("PagedCache.crop", n, self.batch_size))
 
     def fork(self) -> PagedCache:
-        """A cache with the same tokens that goes its own way: full pages are shared, tails are copied."""
-        twin = object.__new__(PagedCache)
-        twin.__dict__.update(self.__dict__)
-        twin._layers = [layer.fork() for layer in self._layers]
-        return twin
+        """A cache with the same content that goes its own way: full pages are shared, tables and tails are copied.
 
-    def stats(self) -> dict[str, Any]:
-        """What the cache holds.
+        Raises MemoryError when the copies do not fit into max_bytes, which holds for the family together.
+        """
+        slots = self._open("PagedCache.fork").fork("PagedCache.fork")
+        fork = object.__new__(type(self))
+        fork.__dict__.update(self.__dict__, _slots=slots)
+        return fork
+
+    def stats(self) -> dict[str, int | float]:
+        """What the cache holds, in bytes as torch has allocated them.
 
         Returns:
-            bytes: of every tensor of this cache as torch allocated them, the whole pool included (forks share it);
-            pool_bytes: of the pool; page_bytes: of one page; pages: pages in use by this cache; free_pages: of the
-            pool; tokens: kept over all rows, the mean over layers and heads; bits_per_value: of a full page.
+            bytes: of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole in each
+                fork) + tail_bytes + table_bytes. tokens: of all rows, each counted in its longest layer and head.
+            pages: that this cache holds, of all layers and heads, page_bytes each. free_pages: of the pool, that no
+                cache holds.
+            bits_per_value: that one value takes in a page, padding included.
         """
-        lengths = sum(int(layer.lengths.sum()) for layer in self._layers)
-        own = sum(layer.nbytes for layer in self._layers)
-        return {
-            "bytes": own + self._pool.memory.untyped_storage().nbytes(),
-            "pool_bytes": self._pool.memory.untyped_storage().nbytes(),
-            "page_bytes": self.layout.page_bytes,
-            "pages": sum(layer.pages for layer in self._layers),
-            "free_pages": self._pool.allocator.free_count,
-            "tokens": lengths / (self.num_layers * self.num_kv_heads),
-            "bits_per_value": self.layout.bits_per_value,
-        }
+        return self._open("PagedCache.stats").stats()
 
     @staticmethod
     def bytes_per_token(
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
-        *,
         kv_format: str | tuple[str, str] = "bf16",
-        page_size: int = 64,
+        *,
         head_dim_v: int | None = None,
-    ) -> float:
-        """Bytes of pages that one token of one sequence takes in all layers."""
-        k_format, v_format = parse_format("PagedCache.bytes_per_token", kv_format)
-        layout = PageLayout(page_size, head_dim, head_dim if head_dim_v is None else head_dim_v, k_format, v_format)
-        return num_layers * num_kv_heads * layout.page_bytes / page_size
+        page_size: int = 64,
+    ) -> int:
+        """Bytes that a token of one row takes in full pages of all layers, rounded up."""
+        check_int("PagedCache.bytes_per_token", "num_layers", num_layers, 1)
+        check_int("PagedCache.bytes_per_token", "num_kv_heads", num_kv_heads, 1)
+        layout = page_layout("PagedCache.bytes_per_token", head_dim, head_dim_v, kv_format, page_size)
+        return -(-num_layers * num_kv_heads * layout.page_bytes // page_size)
 
-    def save(self, path: str) -> None:
-        raise NotImplementedError("lcore.PagedCache.save: sessions on disk are not there yet; keep the cache in memory")
+    def save(self, path: str | os.PathLike[str]) -> NoReturn:
+        """Not there yet."""
+        raise NotImplementedError("lcore.PagedCache.save: no sessions on disk yet; keep the cache, or fork it")
 
     @classmethod
-    def load(cls, path: str) -> PagedCache:
-        raise NotImplementedError("lcore.PagedCache.load: sessions on disk are not there yet; read the prompt again")
+    def load(cls, path: str | os.PathLike[str]) -> NoReturn:
+        """Not there yet."""
+        raise NotImplementedError("lcore.PagedCache.load: no sessions on disk yet; append the tokens again")
+
+    def close(self) -> None:
+        """Gives pages and memory back; the cache cannot be used afterwards. Closing twice does nothing."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.release()
+
+    def __del__(self) -> None:
+        # Nothing to close after an __init__ that refused; no one to give pages to when the interpreter ends.
+        if getattr(self, "_slots", None) is not None and not sys.is_finalizing():
+            self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("lcore.PagedCache: a cache cannot be copied or pickled; use fork()")
+
+    def _open(self, function: str) -> Slots:
+        if self._slots is None:
+            raise ValueError(f"lcore.{function}: the cache must be open, got a closed one")
+        return self._slots
+
+    def _layer(self, function: str, layer: int) -> Slots:
+        """The slots, once layer is known to exist."""
+        slots = self._open(function)
+        check_int(function, "layer", layer, 0, self.num_layers - 1)
+        return slots

@@ -27,7 +27,7 @@ class PagePool:
 
     def __init__(self, page_bytes: int, max_bytes: int | None) -> None:
         self.lock = threading.RLock()
-        self.data = torch.empty((0, page_bytes), dtype=torch.uint8)
+        self.data = new_tensor("PagedCache", (0, page_bytes), torch.uint8)
         self.allocator = PageAllocator(0)
         self.max_bytes = max_bytes
         self.member_bytes = 0  # tables and tails of the caches that share this pool
@@ -80,9 +80,13 @@ class PagePool:
 
 
 def new_tensor(function: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """torch.empty on the CPU; MemoryError with the bytes needed and free when the system refuses."""
+    """torch.empty on the CPU; MemoryError with the bytes needed and free when the system refuses.
+
+    Never an inference tensor: a cache made in inference mode is written to outside of it too.
+    """
     try:
-        return torch.empty(shape, dtype=dtype)
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
         needed = torch.Size(shape).numel() * dtype.itemsize
         free = psutil.virtual_memory().available

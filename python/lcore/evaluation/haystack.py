@@ -8,21 +8,23 @@ its arguments and seeds, so training, ``lcore demo`` and ``lcore.evaluation.need
 import random
 import sysconfig
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
-ADJECTIVES = (
+_ADJECTIVES = (
     "amber azure bitter blazing brave brisk calm candid clever cobalt copper cosmic crimson crystal daring dusty "
     "eager ebony elegant emerald faded fearless fierce floral frosty gentle gilded glassy golden graceful hazel hidden "
     "humble icy indigo ivory jade jolly keen lilac lively lucky mellow misty noble olive opal patient pearl placid "
     "polar proud quiet ruby rustic scarlet silent silver sleepy stormy sunny velvet violet wandering"
-).split()
-NOUNS = (
+)
+_NOUNS = (
     "anchor badger bamboo beacon bison canyon castle cedar comet condor coral cricket dolphin dragon eagle ember "
     "falcon ferret forest fountain galaxy garden glacier harbor hawk heron island jackal jaguar juniper kestrel lagoon "
     "lantern leopard lotus magnet maple meadow meteor mirror monsoon mountain ocean orchid otter panther parrot pebble "
     "penguin pepper pigeon planet prairie rabbit raven river saddle sparrow summit thistle tiger tulip walrus willow"
-).split()
+)
+ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings"}
 
 
@@ -100,12 +102,20 @@ def even_depths(count: int) -> list[float]:
     return [i / (count - 1) for i in range(count)] if count > 1 else [0.5] * count
 
 
-def build_haystack(encode: Callable[[str], Sequence[int]], text: str, length: int, needles: Sequence[Needle] = (),
-                   depths: Sequence[float] = (), *, seed: int | None = None, bos_id: int | None = None) -> list[int]:
+def build_haystack(
+    encode: Callable[[str], Sequence[int]],
+    text: str,
+    length: int,
+    needles: Sequence[Needle] = (),
+    depths: Sequence[float] = (),
+    *,
+    seed: int | None = None,
+    bos_id: int | None = None,
+) -> list[int]:
     """A document of exactly ``length`` tokens: ``text`` with each needle at its depth, moved to the next line boundary.
 
     ``encode`` turns a string into token ids without special tokens; it is called once a line.  The text starts at its
-    first line, or at a line drawn from ``seed``, and wraps round when it is too short.  ``bos_id`` comes first if given.
+    first line, or at a line drawn from ``seed``, and wraps round when it is too short.  ``bos_id`` goes first.
     """
     if len(needles) != len(depths):
         raise ValueError(f"build_haystack: one depth a needle, got {len(needles)} needles and {len(depths)} depths")
@@ -127,7 +137,7 @@ def build_haystack(encode: Callable[[str], Sequence[int]], text: str, length: in
             tokens += hidden[order[placed]]
             placed += 1
         if written < room:
-            line = list(encode(lines[row % len(lines)]))[:room - written]
+            line = list(encode(lines[row % len(lines)]))[: room - written]
             tokens += line
             written += len(line)
             row += 1

@@ -39,9 +39,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts and times of one row. Seconds are wall time since the step began; a batch shares its steps.
+    """Counts and times of one row.
 
-    cache_bytes is what the whole cache holds (all rows), peak_bytes the largest resident set of the process so far.
+    Seconds are those of the generator's own steps, which the rows of a batch share, without what the caller does
+    between events. cache_bytes is what the whole cache holds, peak_bytes the process's largest resident set so far.
     """
 
     prompt_tokens: int

@@ -75,7 +75,7 @@ class Generator:
         min_p: float = 0.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        stop_ids: int | Sequence[int] = (),
         cache: PagedCache | None = None,
     ) -> Iterator[Event]:
         """Reads `prompt`, then writes, and yields `Prefill`, `Token` and `Done` events on the way.
@@ -100,6 +100,7 @@ class Generator:
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         check_int("max_new_tokens", max_new_tokens)
+        stop_ids = (stop_ids,) if isinstance(stop_ids, int) else stop_ids
         for token in stop_ids:
             check_int("stop_ids", token)
         stops = _check_stops(stop)
@@ -111,8 +112,8 @@ class Generator:
         prompts = encode_prompts(prompt, tokenizer, config.vocab_size, continues=any(held))
         held = held if cache is not None else [0] * len(prompts)
         require(len(held) == len(prompts), "Generator", "prompt", f"have the cache's {len(held)} rows", len(prompts))
-        self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
         self.cache = self._cache_with_room([len(p) + max_new_tokens for p in prompts], cache)
+        self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
 
         decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
         ends = config.eos_token_ids if tokenizer is None else (*config.eos_token_ids, *tokenizer.eos_token_ids)
@@ -131,12 +132,14 @@ class Generator:
             stop_ids=frozenset(stop_ids),
         ).run()
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Completion | list[Completion]:
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
+    ) -> Completion | list[Completion]:
         """`stream` to its end: a Completion, or a list of them for a batch. Options and errors are those of `stream`.
 
         On a terminal the reading of the prompt is shown on stderr.
         """
-        events = self.stream(prompt, **options)
+        events = self.stream(prompt, max_new_tokens, **options)
         texts: dict[int, list[str]] = {}
         tokens: dict[int, list[int]] = {}
         ends: dict[int, Done] = {}

@@ -94,22 +94,33 @@ def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: 
     Raises: MemoryError with the bytes needed, the bytes free, and how many tokens would fit in every row; the cache is
     as it was.
     """
-    rows, stats = len(new_tokens), cache.stats()
-    held = cache.seen().tolist()
-    pages_after = [(old + new) // cache.page_size for old, new in zip(held, new_tokens, strict=True)]
-    pages_before = [old // cache.page_size for old in held]
+    rows, stats, page_size = len(new_tokens), cache.stats(), cache.page_size
+    pages_before = [held // page_size for held in cache.seen().tolist()]
+    pages_after = [(held + new) // page_size for held, new in zip(cache.seen().tolist(), new_tokens, strict=True)]
     heads = cache.num_layers * cache.num_kv_heads
-    missing = heads * (sum(pages_after) - sum(pages_before)) - stats["free_pages"]
+    pool_bytes, free_pages = int(stats["pool_bytes"]), int(stats["free_pages"])
+    missing = heads * (sum(pages_after) - sum(pages_before)) - free_pages
+    page_bytes = page_size * _bytes_per_token(cache) // heads
     # A pool that must grow is copied into a larger one: for a moment both are there.
-    needed = stats["pool_bytes"] + missing * stats["page_bytes"] if missing > 0 else 0
+    needed = pool_bytes + missing * page_bytes if missing > 0 else 0
     if needed + workspace > free:
-        left = max(0, free - workspace - stats["pool_bytes"])
-        pages = (left // stats["page_bytes"] + stats["free_pages"]) // (heads * rows)
+        pages = max(0, free - workspace - pool_bytes) // page_bytes + free_pages
         context = f"{max(new_tokens):,} tokens" if rows == 1 else f"{rows} rows of up to {max(new_tokens):,} tokens"
         raise MemoryError(
             f"lcore.Generator: prompt + max_new_tokens must fit into memory: {context} need {needed + workspace:,} "
             f"bytes (cache {needed:,}, workspace {workspace:,}), {free:,} bytes are free; "
-            f"{pages * cache.page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
+            f"{pages // (heads * rows) * page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
         )
     # All rows take their pages from one pool: room for the mean of them is room for all.
-    cache.reserve(-(-sum(pages_after) // rows) * cache.page_size)
+    cache.reserve(-(-sum(pages_after) // rows) * page_size)
+
+
+def _bytes_per_token(cache: PagedCache) -> int:
+    return cache.bytes_per_token(
+        cache.num_layers,
+        cache.num_kv_heads,
+        cache.head_dim,
+        cache.kv_format,
+        head_dim_v=cache.head_dim_v,
+        page_size=cache.page_size,
+    )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -17,26 +18,30 @@ class Clock:
     """Fits step seconds = a * tokens + b * pairs, where pairs is the number of (query, key) pairs of causal attention.
 
     `pairs` makes the estimate honest on a long prompt, whose last tokens cost many times what the first ones cost.
-    a and b are the least-squares solution with a >= 0 and b >= 0.
+    a and b are the least-squares solution with a >= 0 and b >= 0, kept as five sums over the steps.
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[float, float, float]] = []
+        self._steps = 0
+        self._first = np.zeros(5)
+        self._sums = np.zeros(5)  # tokens^2, tokens * pairs, pairs^2, tokens * seconds, pairs * seconds
 
     def add(self, tokens: int, pairs: int, seconds: float) -> None:
-        self._steps.append((float(tokens), float(pairs), seconds))
+        t, p = float(tokens), float(pairs)
+        products = np.array([t * t, t * p, p * p, t * seconds, p * seconds])
+        self._sums += products
+        self._steps += 1
+        if self._steps == 1:
+            self._first = products
+        elif self._steps == 3:
+            # The first step also paid for reading the weights from disk: out as soon as two others are known.
+            self._sums -= self._first
 
     def eta(self, tokens: int, pairs: int) -> float | None:
         """Seconds for that much more work, None before the first step."""
-        if not self._steps:
+        if self._steps == 0:
             return None
-        # The first step also pays for reading the weights from disk: left out as soon as two others are known.
-        steps = self._steps[1:] if len(self._steps) >= 3 else self._steps
-        tt = sum(t * t for t, _, _ in steps)
-        tp = sum(t * p for t, p, _ in steps)
-        pp = sum(p * p for _, p, _ in steps)
-        ts = sum(t * s for t, _, s in steps)
-        ps = sum(p * s for _, p, s in steps)
+        tt, tp, pp, ts, ps = (float(value) for value in self._sums)
         determinant = tt * pp - tp * tp
         a, b = ts / tt, 0.0
         if determinant > 1e-9 * tt * pp:

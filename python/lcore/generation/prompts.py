@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -23,7 +24,7 @@ def is_batch(prompt: object) -> bool:
         return prompt.dim() == 2
     if isinstance(prompt, str) or not isinstance(prompt, Sequence) or len(prompt) == 0:
         return False
-    return not isinstance(prompt[0], (int, Mapping))
+    return not isinstance(prompt[0], (Integral, Mapping))
 
 
 def encode_prompts(

@@ -118,7 +118,7 @@ class Decoder(torch.nn.Module):
         config = self.config
         options.setdefault("kv_format", None)
         if options["kv_format"] is None:
-            options["kv_format"] = _KV_FORMATS[self.dtype]
+            options["kv_format"] = _KV_FORMATS.get(self.dtype, "fp32")
         return PagedCache(
             config.num_layers,
             config.num_kv_heads,

@@ -40,6 +40,9 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         )
         for kind, parameters in split_by_layer_type(raw.get("rope_scaling") or raw.get("rope_parameters")).items()
     }
+    for part in (raw.get("partial_rotary_factor"), *(rope.partial_rotary_factor for rope in ropes.values())):
+        if part not in (None, 1):
+            raise NotImplementedError(message(_OWNER, "partial_rotary_factor", "be 1 in these families", part))
     rope = ropes.get("full_attention") or ropes["sliding_attention"]
     ids = dict(raw) | {name: value for name, value in (generation or {}).items() if value is not None}
     return ModelConfig(
@@ -110,6 +113,3 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise NotImplementedError(message(_OWNER, "weights", "be unquantized", f"quantization_config {method!r}"))
-    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
-        rule = "be 1 in these families"
-        raise NotImplementedError(message(_OWNER, "partial_rotary_factor", rule, raw["partial_rotary_factor"]))

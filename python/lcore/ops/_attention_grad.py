@@ -84,7 +84,7 @@ torch.library.register_autograd("lcore::attention", _backward, setup_context=_sa
 
 def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError(
-        "lcore.attention: no second derivative; use torch.nn.functional.scaled_dot_product_attention with the math backend"
+        "lcore.attention: no second derivative; use lcore.reference.attention, which is plain torch"
     )
 
 

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import itertools
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
-from lcore.errors import check_kernel, check_tensor, has_values, require, require_type
+from lcore.errors import check_kernel, check_number, check_tensor, has_values, require, require_type
 
 _NAME = "attention"
 _MAX_HEAD_DIM = 512
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -104,8 +144,8 @@ def check_scores(name: str, window_size: Any, softmax_scale: float | None, softc
     require_type(all(isinstance(w, int) for w in window_size), name, "window_size", rule, window_size)
     require(len(window_size) == 2 and min(window_size) >= -1, name, "window_size", rule, window_size)
     if softmax_scale is not None:
-        require(math.isfinite(softmax_scale), name, "softmax_scale", "be finite", softmax_scale)
-    require(math.isfinite(softcap) and softcap >= 0, name, "softcap", "be finite and >= 0", softcap)
+        check_number(name, "softmax_scale", softmax_scale)
+    check_number(name, "softcap", softcap, least=0)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window_size: Any, softmax_scale: float | None, softcap: float) -> None:
@@ -120,7 +160,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window_size: Any, softmax_scale: flo
     check_tensor(_NAME, "v", v, dtypes=(q.dtype,), device=q.device, shape=(*k.shape[:-1], "*"),
                  names=f"{names}, kv_heads, head_dim_v")  # fmt: skip
     heads, kv_heads = q.shape[-2], k.shape[-2]
-    require(kv_heads > 0 and heads % kv_heads == 0, _NAME, "q", f"have heads a multiple of kv_heads {kv_heads}", heads)
+    fits = kv_heads > 0 and heads % kv_heads == 0
+    require(fits, _NAME, "q", lambda: f"have heads a multiple of kv_heads {kv_heads}", heads)
     for argument, dim in (("head_dim", q.shape[-1]), ("head_dim_v", v.shape[-1])):
         require(1 <= dim <= _MAX_HEAD_DIM, _NAME, argument, f"lie in [1, {_MAX_HEAD_DIM}]", dim)
     check_scores(_NAME, window_size, softmax_scale, softcap)
@@ -130,9 +171,14 @@ def _check_heads(q: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None) -
     heads = q.shape[-2]
     if alibi_slopes is not None:
         check_tensor(_NAME, "alibi_slopes", alibi_slopes, dtypes=(torch.float32,), device=q.device)
-        rule = f"have shape (heads,) or (batch, heads) with heads {heads}"
         fits = alibi_slopes.dim() in (1, 2) and alibi_slopes.shape[-1] == heads
-        require(fits, _NAME, "alibi_slopes", rule, tuple(alibi_slopes.shape))
+        require(
+            fits,
+            _NAME,
+            "alibi_slopes",
+            lambda: f"have shape (heads,) or (batch, heads) with heads {heads}",
+            tuple(alibi_slopes.shape),
+        )
         if alibi_slopes.requires_grad:
             raise NotImplementedError(
                 "lcore.attention: no gradient for alibi_slopes; pass alibi_slopes.detach(), or learn sinks instead"
@@ -165,11 +211,23 @@ def _check_packing(
         _check_offsets("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q")
         _check_offsets("cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k")
         sequences = cu_seqlens_q.shape[0] - 1
-        rule = f"have as many entries as cu_seqlens_q, {sequences + 1}"
-        require(cu_seqlens_k.shape == cu_seqlens_q.shape, _NAME, "cu_seqlens_k", rule, cu_seqlens_k.shape[0])
+        fits = cu_seqlens_k.shape == cu_seqlens_q.shape
+        require(
+            fits,
+            _NAME,
+            "cu_seqlens_k",
+            lambda: f"have as many entries as cu_seqlens_q, {sequences + 1}",
+            cu_seqlens_k.shape[0],
+        )
     if alibi_slopes is not None and alibi_slopes.dim() == 2:
-        rule = f"have one row for each of {sequences} sequences"
-        require(alibi_slopes.shape[0] == sequences, _NAME, "alibi_slopes", rule, alibi_slopes.shape[0])
+        fits = alibi_slopes.shape[0] == sequences
+        require(
+            fits,
+            _NAME,
+            "alibi_slopes",
+            lambda: f"have one row for each of {sequences} sequences",
+            alibi_slopes.shape[0],
+        )
 
 
 def _check_offsets(argument: str, cu: Tensor, x: Tensor, longest: int | None, longest_name: str) -> None:
@@ -180,7 +238,7 @@ def _check_offsets(argument: str, cu: Tensor, x: Tensor, longest: int | None, lo
         return
     offsets = cu.tolist()
     require(offsets[0] == 0, _NAME, argument, "begin with 0", offsets[0])
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(offsets)]
     if lengths:
         fall = next((i for i, n in enumerate(lengths) if n < 0), None)
         require(fall is None, _NAME, argument, "never fall", f"{offsets[fall or 0 : (fall or 0) + 2]} at {fall}")

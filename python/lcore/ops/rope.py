@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
-from lcore.errors import check_kernel, check_tensor, require
+from lcore.errors import check_kernel, check_number, check_tensor, require
 
 _NAME = "rope"
 _POSITION_TYPES = (torch.int64, torch.int32, torch.float32, torch.float64)
@@ -56,15 +55,20 @@ def rope(
     check_kernel(_NAME, x)
     check_tensor(_NAME, "positions", positions, dtypes=_POSITION_TYPES, device=x.device)
     seq = x.shape[-3]
-    allowed = [(seq,)] if x.dim() == 3 else [(seq,), (x.shape[0], seq)]
-    rule = "have shape " + " or ".join(str(tuple(shape)) for shape in allowed)
-    require(tuple(positions.shape) in allowed, _NAME, "positions", rule, tuple(positions.shape))
+    fits = positions.shape == (seq,) or (x.dim() == 4 and positions.shape == (x.shape[0], seq))
+    require(fits, _NAME, "positions", lambda: _position_shapes(x), tuple(positions.shape))
     check_tensor(_NAME, "inv_freq", inv_freq, dtypes=(torch.float32, torch.float64), device=x.device,
                  shape=("*",), names="rotary_dim / 2")  # fmt: skip
-    rule = f"have at most head_dim / 2 = {x.shape[-1] // 2} entries"
-    require(2 * inv_freq.shape[0] <= x.shape[-1], _NAME, "inv_freq", rule, inv_freq.shape[0])
-    require(math.isfinite(attention_scaling), _NAME, "attention_scaling", "be finite", attention_scaling)
+    half = x.shape[-1] // 2
+    fits = inv_freq.shape[0] <= half
+    require(fits, _NAME, "inv_freq", lambda: f"have at most head_dim / 2 = {half} entries", inv_freq.shape[0])
+    check_number(_NAME, "attention_scaling", attention_scaling)
     return torch.ops.lcore.rope(x, positions, inv_freq.contiguous(), attention_scaling, interleaved, inverse)
+
+
+def _position_shapes(x: Tensor) -> str:
+    seq = x.shape[-3]
+    return f"have shape ({seq},)" + (f" or ({x.shape[0]}, {seq})" if x.dim() == 4 else "")
 
 
 @torch.library.register_fake("lcore::rope")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lcore.errors import message, require
+from lcore.errors import message, require, require_type
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -105,6 +105,10 @@ class RopeConfig:
 
 def split_by_layer_type(parameters: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any] | None]:
     """A nested `rope_parameters` as {layer type: dict}; a flat one, or none, as {"full_attention": dict}."""
+    got = type(parameters).__name__
+    require_type(
+        parameters is None or isinstance(parameters, Mapping), "RopeConfig", "rope_parameters", "be a dict", got
+    )
     nested: dict[str, Mapping[str, Any] | None] = {
         name: value for name, value in (parameters or {}).items() if isinstance(value, Mapping)
     }

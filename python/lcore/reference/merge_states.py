@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """What lcore.merge_states computes: lse = ln(e^lse_a + e^lse_b), out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b.
+    """What lcore.merge_states computes, in the dtype of lse; differentiable in all four, any number of times.
 
-    Computes in the dtype of lse; differentiable in all four, any number of times. Where both lse are the same infinity
-    their gradients are 0: -inf with -inf gives (0, -inf), +inf with +inf gives the mean of the outputs.
+    Formula: lse = ln(e^lse_a + e^lse_b); out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b.
+    Where both lse are the same infinity, -inf with -inf gives (0, -inf), +inf with +inf gives the mean of the outputs,
+    and no gradient reaches them.
     """
     tie = (lse_a == lse_b) & lse_a.isinf()
     a, b = torch.where(tie, 0.0, lse_a), torch.where(tie, 0.0, lse_b)  # keeps inf - inf out of the graph

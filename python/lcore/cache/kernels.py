@@ -1,0 +1,78 @@
+"""The two ops that touch pages, on one layer of a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
+from lcore.cache.formats import PageLayout
+
+if TYPE_CHECKING:
+    from lcore.cache.slots import Layer
+
+
+def append_(pool: Tensor, layer: Layer, k: Tensor, v: Tensor, layout: PageLayout, counts: Tensor | None) -> None:
+    """Writes k and v behind each slot's tokens and moves its length.
+
+    A page is encoded once, when it is full; the tokens behind the last full page go to the tail.
+    The table must name a page for every page that fills up.
+
+    Args:
+        pool: (num_pages, page_bytes) uint8.
+        k: (batch, new, kv_heads, head_dim); v: (batch, new, kv_heads, head_dim_v); any strides, the tails' dtype.
+        counts: (batch,) int64, real tokens of right-padded rows; None for all.
+    """
+    torch.ops.lcore.cache_append_.default(
+        pool,
+        layer.table,
+        layer.lengths,
+        layer.tail_k,
+        layer.tail_v,
+        k,
+        v,
+        layout.k.name,
+        layout.v.name,
+        layout.page_size,
+        counts,
+    )
+
+
+@torch.library.register_fake("lcore::cache_append_")
+def _append_fake(*args: object) -> None:
+    """Nothing is returned, and a fake pool has no bytes to write."""
+
+
+def attend(
+    pool: Tensor,
+    layer: Layer,
+    q: Tensor,
+    layout: PageLayout,
+    counts: Tensor | None,
+    window_size: tuple[int, int],
+    softmax_scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Causal attention of q (batch, new, heads, head_dim), the last tokens of each row, over all that a layer holds."""
+    out, _ = torch.ops.lcore.attention_paged.default(
+        q,
+        pool,
+        layer.table,
+        layer.lengths,
+        layer.tail_k,
+        layer.tail_v,
+        layout.k.name,
+        layout.v.name,
+        layout.page_size,
+        counts,
+        list(window_size),
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        sinks,
+    )
+    return out
