@@ -30,9 +30,8 @@ $(VENV)/.ready: pyproject.toml Makefile
 build: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 
-lint: build
-	$(BIN)/python -m pip install -q '.[lint]' --no-build-isolation --dry-run >/dev/null 2>&1 || true
-	$(BIN)/python -m pip install -q $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml','rb'))['project']['optional-dependencies']['lint'])")
+lint: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[test,lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 import lcore
-from bench.machine import describe, peaks, write_json
+from bench.machine import peaks, write_json
 from bench.timer import median_seconds
+from lcore.machine import describe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
