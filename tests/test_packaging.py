@@ -62,6 +62,15 @@ def test_every_op_has_a_fake_kernel_and_a_cpu_kernel() -> None:
         assert torch._library.simple_registry.singleton.find(f"lcore::{op}").fake_impl.kernel is not None, op
 
 
+def test_the_cuda_kernels_of_this_build_are_registered() -> None:
+    import torch
+
+    import lcore
+
+    built = bool(lcore.build_info()["cuda_archs"])
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lcore::merge_states", "CUDA") == built
+
+
 @pytest.mark.slow
 def test_loads_in_another_torch(tmp_path: Path) -> None:
     """Installs LCORE_OTHER_TORCH into an environment of its own and runs this build's library there."""

@@ -1,6 +1,6 @@
 """Trains the bundled model: a small Llama that answers questions about documents far longer than its training windows.
 
-    python examples/needle/train.py                 # writes python/lcore/data/needle, minutes on one core
+    python examples/needle/train.py                 # writes python/lcore/data/needle, 5 minutes on one core
     python examples/needle/train.py --smoke --out /tmp/needle-smoke
 
 Forward and backward run on lcore's modules, attention and rotary kernels.  The weights are fixed by --seed, the version

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -89,7 +90,8 @@ def right_share(answers: Sequence[Answer]) -> float:
 def show(answers: Sequence[Answer], bins: int) -> Table:
     """Rows are lengths, columns ranges of depth, cells shares of right answers."""
     starts = [f"{100 * i / bins:.0f}%" for i in range(bins)]
-    table = Table("tokens", "all", *starts, "asked", title="needles found, by depth (columns: start of the range)")
+    columns = ("tokens", "all", *starts, "asked")
+    table = Table(*columns, box=SIMPLE, padding=0, title="needles found, by depth (columns: start of the range)")
     for length in sorted({answer.length for answer in answers}):
         rows = [answer for answer in answers if answer.length == length]
         cells = [f"{value:.0%}" for value in accuracy_by_depth(rows, bins)]
