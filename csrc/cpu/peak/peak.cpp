@@ -35,7 +35,11 @@ double peak_fma(Executor& executor) {
   std::vector<float> sinks(executor.workers() * kLanes<float>);
   const double work = 2.0 * kChains * kLanes<float> * kSteps * executor.workers();
   return best_rate(work, executor, [&](int64_t item, int) {
-    Vec<float> acc[kChains] = {};
+    Vec<float> acc[kChains];
+    for (int i = 0; i < kChains; ++i) {
+      acc[i] = splat(static_cast<float>(i));
+      __asm__ volatile("" : "+x"(acc[i]));  // chains that the compiler could prove equal would become one
+    }
     Vec<float> factor = splat(0.999f);
     for (int64_t step = 0; step < kSteps; ++step) {
       __asm__ volatile("" : "+x"(factor));  // unknown to the compiler, so that the loop is not folded

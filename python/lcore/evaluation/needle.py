@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +22,7 @@ from rich.table import Table
 import lcore
 from lcore.evaluation.haystack import build_haystack, even_depths, is_correct, make_needles, question, stdlib_text
 from lcore.generation import Completion, Generator
+from lcore.machine import describe
 from lcore.models import Decoder
 
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "data" / "needle"
@@ -99,26 +96,6 @@ def show(answers: Sequence[Answer], bins: int) -> Table:
     return table
 
 
-def machine() -> dict[str, Any]:
-    """Where the numbers come from: date, commit, processor, threads and versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    info = lcore.build_info()
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit,
-        "machine": platform.machine(),
-        "cpu_isa": info["cpu_isa"],
-        "threads": torch.get_num_threads(),
-        "lcore": info["version"],
-        "torch": info["torch"],
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -149,7 +126,7 @@ def main() -> None:
     if args.out:
         by_length = {n: [a for a in answers if a.length == n] for n in sorted({a.length for a in answers})}
         result = {
-            **machine(),
+            **describe(),
             "command": " ".join(["python -m lcore.evaluation.needle", *sys.argv[1:]]),
             "accuracy": {n: right_share(rows) for n, rows in by_length.items()},
             "accuracy_by_depth": {n: accuracy_by_depth(rows, args.bins) for n, rows in by_length.items()},

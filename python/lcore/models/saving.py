@@ -74,6 +74,8 @@ def _write_weights(folder: Path, parameters: dict[str, torch.nn.Parameter], shar
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata={"format": "pt"})
+        # safetensors makes its files readable by their owner alone; the others follow the umask.
+        (folder / name).chmod((folder / "config.json").stat().st_mode)
     if count > 1:
         total = sum(parameter.nbytes for parameter in parameters.values())
         placed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
