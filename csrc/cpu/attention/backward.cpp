@@ -1,9 +1,10 @@
 // Attention backward (Dao et al. 2022, FlashAttention, Algorithm 4), with the gradient of lse and of the sinks:
 //   P = exp(score - lse), dP = dO V^T, dS = P (dP - delta) with delta_i = dO_i . O_i - dlse_i,
 //   dQ = dS K * scale, dK = dS^T Q * scale, dV = P^T dO, dsink_h = - sum_i exp(sink_h - lse_i) delta_i.
-// Two passes recompute the scores: one over tiles of queries for dQ, one over blocks of keys for dK and dV. Seven
-// products instead of five, but every gradient has one owner: no atomics, the same bits for any number of threads, and
-// a single long sequence uses every core.
+// Two schedules with the same bits, without atomics. Where there are kv heads enough for the workers, one item is a
+// (sequence, kv head): it walks over the keys and keeps a float dQ of all its rows beside it, five products. Else two
+// passes recompute the scores, one over tiles of queries for dQ, one over blocks of keys for dK and dV: seven products,
+// but a single long sequence uses every core. Either way dQ adds up over blocks of keys in order, dK and dV over rows.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -16,6 +17,9 @@
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
+
+// What a worker may hold of dQ in the one-pass schedule: 65536 rows of head_dim 128.
+constexpr int64_t kMostQueryGradientBytes = int64_t{32} << 20;
 
 template <class T>
 struct Buffers {
@@ -152,6 +156,22 @@ void* element(void* data, DType type, int64_t index) {
   return static_cast<char*>(data) + index * static_cast<int64_t>(size_of(type));
 }
 
+// dQ of rows [row, row + rows) from their sums over dS K.
+template <class T>
+void store_query_gradient(const AttentionGradParams& g, const Plan<T>& plan, const Sequence& s, int64_t row,
+                          int64_t rows, T* grad) {
+  const AttentionParams& p = g.forward;
+  const T scale = static_cast<T>(p.softmax_scale);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* sums = grad + r * plan.ld_dim;
+    for (int c = 0; c < plan.ld_dim; c += kLanes<T>) store(sums + c, load(sums + c) * scale);
+    const int64_t at = s.q_begin + s.position(row + r);
+    const int64_t token = p.cu_seqlens_q == nullptr ? s.batch * p.seq_q + at : at;
+    const int64_t index = (token * p.heads + s.head(row + r)) * p.head_dim;
+    store_row(sums, p.head_dim, element(g.dq, p.type, index), p.type);
+  }
+}
+
 template <class T>
 void query_gradient(const AttentionGradParams& g, const Plan<T>& plan, const Item& item, const T* delta,
                     const Buffers<T>& b) {
@@ -167,20 +187,13 @@ void query_gradient(const AttentionGradParams& g, const Plan<T>& plan, const Ite
     gemm<T, Accumulate::kAdd>({b.dscores, round_up_lanes<T>(keys), 1}, b.keys, plan.ld_dim, b.grad, plan.ld_dim,
                               item.count, plan.ld_dim, keys);
   }
-  const T scale = static_cast<T>(p.softmax_scale);
-  for (int r = 0; r < item.count; ++r) {
-    T* row = b.grad + int64_t{r} * plan.ld_dim;
-    for (int c = 0; c < plan.ld_dim; c += kLanes<T>) store(row + c, load(row + c) * scale);
-    const int64_t at = s.q_begin + s.position(item.begin + r);
-    const int64_t token = p.cu_seqlens_q == nullptr ? s.batch * p.seq_q + at : at;
-    const int64_t index = (token * p.heads + s.head(item.begin + r)) * p.head_dim;
-    store_row(row, p.head_dim, element(g.dq, p.type, index), p.type);
-  }
+  store_query_gradient(g, plan, s, item.begin, item.count, b.grad);
 }
 
+// dK and dV of a block of keys; with dq, [rows of the sequence][ld_dim], also adds the block's share of dQ to it.
 template <class T>
 void key_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Item& item, const T* delta,
-                   const Buffers<T>& b) {
+                   const Buffers<T>& b, T* dq = nullptr) {
   const AttentionParams& p = g.forward;
   const Sequence& s = item.sequence;
   const int padded = round_up_lanes<T>(item.count);
@@ -196,6 +209,10 @@ void key_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Item
                               plan.ld_dim_v, rows);
     gemm<T, Accumulate::kAdd>({b.dscores, 1, padded}, b.q, plan.ld_dim, b.grad, plan.ld_dim, item.count, plan.ld_dim,
                               rows);
+    if (dq != nullptr) {
+      gemm<T, Accumulate::kAdd>({b.dscores, padded, 1}, b.keys, plan.ld_dim, dq + row * plan.ld_dim, plan.ld_dim, rows,
+                                plan.ld_dim, item.count);
+    }
   }
   for (int r = 0; r < item.count; ++r) {
     const int64_t at = s.k_begin + item.begin + r;
@@ -203,6 +220,18 @@ void key_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Item
     store_row(b.grad + int64_t{r} * plan.ld_dim, p.head_dim, element(g.dk, p.type, token * p.head_dim), p.type);
     store_row(b.grad_v + int64_t{r} * plan.ld_dim_v, p.head_dim_v, element(g.dv, p.type, token * p.head_dim_v), p.type);
   }
+}
+
+// All gradients of one kv head of one sequence, keys in order; dq has room for its rows.
+template <class T>
+void head_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Sequence& s, const T* delta,
+                    const Buffers<T>& b, T* dq) {
+  std::fill(dq, dq + s.rows() * plan.ld_dim, T{0});
+  for (int64_t key = 0; key < s.k_len; key += plan.tile.keys) {
+    const int count = static_cast<int>(std::min<int64_t>(plan.tile.keys, s.k_len - key));
+    key_gradients(g, plan, {s, key, count, 0}, delta, b, dq);
+  }
+  store_query_gradient(g, plan, s, 0, s.rows(), dq);
 }
 
 template <class T>
@@ -246,7 +275,7 @@ void row_deltas(const AttentionGradParams& g, const Plan<T>& plan, const Item& i
 template <class T>
 T sink_gradient(const AttentionParams& p, int64_t head, const T* delta) {
   const T sink = static_cast<const T*>(p.sinks)[head];
-  T gradient{0};
+  double gradient = 0;  // one number for all rows of a head: float would lose what few rows add
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     const Sequence s = sequence_of(p, batch, 0);
     for (int64_t i = 0; i < s.q_len; ++i) {
@@ -254,10 +283,10 @@ T sink_gradient(const AttentionParams& p, int64_t head, const T* delta) {
       const T lse = static_cast<const T*>(p.lse)[at];
       // An infinite sink holds all the mass itself; a sink of -inf holds none, also where nothing else stands.
       const T weight = sink == -kInfinity<T> ? T{0} : (sink == lse ? T{1} : std::exp(sink - lse));
-      gradient -= weight * delta[at];
+      gradient -= static_cast<double>(weight) * delta[at];
     }
   }
-  return gradient;
+  return static_cast<T>(gradient);
 }
 
 template <class T>
@@ -277,9 +306,24 @@ void run(const AttentionGradParams& g, Executor& executor) {
   // The rows' outputs share the buffer of a block's values.
   const std::vector<Item> rows = list_items<T>(p, std::min(plan.tile.rows, plan.tile.keys), false);
   for_each(rows, [&](const Item& item, const Buffers<T>& b) { row_deltas(g, plan, item, delta, b); });
-  for_each(rows, [&](const Item& item, const Buffers<T>& b) { query_gradient(g, plan, item, delta, b); });
-  for_each(list_items<T>(p, plan.tile.keys, true),
-           [&](const Item& item, const Buffers<T>& b) { key_gradients(g, plan, item, delta, b); });
+  const int64_t heads = p.batch * p.kv_heads;
+  int64_t longest = 0;
+  for (int64_t i = 0; i < heads; ++i)
+    longest = std::max(longest, sequence_of(p, i / p.kv_heads, i % p.kv_heads).rows());
+  const int64_t dq_elements = longest * plan.ld_dim;
+  const bool balanced = heads >= 4 * executor.workers() || heads % executor.workers() == 0;
+  if (balanced && dq_elements * static_cast<int64_t>(sizeof(T)) <= kMostQueryGradientBytes) {
+    const Scratch<T> dq(dq_elements, executor.workers());
+    executor.run(heads, [&](int64_t i, int worker) {
+      Arena<T> arena(scratch.of(worker));
+      head_gradients(g, plan, sequence_of(p, i / p.kv_heads, i % p.kv_heads), delta, plan.lay_out(p, arena),
+                     dq.of(worker));
+    });
+  } else {
+    for_each(rows, [&](const Item& item, const Buffers<T>& b) { query_gradient(g, plan, item, delta, b); });
+    for_each(list_items<T>(p, plan.tile.keys, true),
+             [&](const Item& item, const Buffers<T>& b) { key_gradients(g, plan, item, delta, b); });
+  }
   if (g.dsinks != nullptr) {
     executor.run(p.heads, [&](int64_t head, int) { static_cast<T*>(g.dsinks)[head] = sink_gradient(p, head, delta); });
   }
