@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "cpu/simd.h"

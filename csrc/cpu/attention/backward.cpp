@@ -14,6 +14,7 @@
 #include "cpu/attention/tile.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
@@ -76,7 +77,6 @@ struct Item {
   int64_t cost;
 };
 
-template <class T>
 int64_t lse_index(const AttentionParams& p, const Sequence& s, int64_t row) {
   return s.batch * p.lse_batch + s.head(row) * p.lse_head + s.q_begin + s.position(row);
 }
@@ -86,7 +86,7 @@ template <class T>
 void differentiate_row(const AttentionParams& p, const Sequence& s, int64_t row, int64_t key, int keys, int keys_padded,
                        const T* delta, T* weights, T* dscores) {
   const Columns columns = visible_columns(p, s, row, key, keys);
-  const int64_t at = lse_index<T>(p, s, row);
+  const int64_t at = lse_index(p, s, row);
   const T lse = static_cast<const T*>(p.lse)[at];
   if (columns.empty() || lse == -kInfinity<T>) {
     std::fill(weights, weights + keys_padded, T{0});
@@ -234,7 +234,6 @@ void head_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Seq
   store_query_gradient(g, plan, s, 0, s.rows(), dq);
 }
 
-template <class T>
 std::vector<Item> list_items(const AttentionParams& p, int size, bool keys) {
   std::vector<Item> items;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
@@ -243,10 +242,10 @@ std::vector<Item> list_items(const AttentionParams& p, int size, bool keys) {
       const int64_t total = keys ? s.k_len : s.rows();
       for (int64_t begin = 0; begin < total; begin += size) {
         const int count = static_cast<int>(std::min<int64_t>(size, total - begin));
-        const RowRange rows = seeing_rows(p, s, begin, count);
-        const KeyRange range = visible(p, s, begin, count);
-        const int64_t length = keys ? rows.end - rows.begin : std::max<int64_t>(range.end - range.begin, 0);
-        items.push_back({s, begin, count, length * count});
+        const auto length = [](const auto& range) { return std::max<int64_t>(range.end - range.begin, 0); };
+        const int64_t other =
+            keys ? length(seeing_rows(p, s, begin, count)) : length(visible(p, s, begin, int64_t{count}));
+        items.push_back({s, begin, count, other * count});
       }
     }
   }
@@ -267,7 +266,7 @@ void row_deltas(const AttentionGradParams& g, const Plan<T>& plan, const Item& i
   for (int r = 0; r < item.count; ++r) {
     Vec<T> sum{};
     for (int c = 0; c < ld; c += kLanes<T>) sum += load(b.values + r * ld + c) * load(b.dout + r * ld + c);
-    const int64_t at = lse_index<T>(p, s, item.begin + r);
+    const int64_t at = lse_index(p, s, item.begin + r);
     delta[at] = reduce_add<T>(sum) - (g.dlse == nullptr ? T{0} : static_cast<const T*>(g.dlse)[at]);
   }
 }
@@ -304,7 +303,7 @@ void run(const AttentionGradParams& g, Executor& executor) {
     });
   };
   // The rows' outputs share the buffer of a block's values.
-  const std::vector<Item> rows = list_items<T>(p, std::min(plan.tile.rows, plan.tile.keys), false);
+  const std::vector<Item> rows = list_items(p, std::min(plan.tile.rows, plan.tile.keys), false);
   for_each(rows, [&](const Item& item, const Buffers<T>& b) { row_deltas(g, plan, item, delta, b); });
   const int64_t heads = p.batch * p.kv_heads;
   int64_t longest = 0;
@@ -321,7 +320,7 @@ void run(const AttentionGradParams& g, Executor& executor) {
     });
   } else {
     for_each(rows, [&](const Item& item, const Buffers<T>& b) { query_gradient(g, plan, item, delta, b); });
-    for_each(list_items<T>(p, plan.tile.keys, true),
+    for_each(list_items(p, plan.tile.keys, true),
              [&](const Item& item, const Buffers<T>& b) { key_gradients(g, plan, item, delta, b); });
   }
   if (g.dsinks != nullptr) {

@@ -13,6 +13,7 @@
 #include "cpu/attention/tile.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {

@@ -1,12 +1,7 @@
-// Tile sizes of CPU attention and the scratch they need.
+// Tile sizes of CPU attention.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-
-#include "cpu/simd.h"
 
 namespace lcore::cpu::LCORE_ISA {
 
@@ -33,46 +28,5 @@ constexpr TileSize backward_tile(int head_dim) {
   if (head_dim <= 128) return {144, 128};  // 2*72 + 2*72 + 4*64 + 72 + 64 = 680 KB
   return {48, 64};                         // d 256: 2*12 + 2*48 + 4*64 + 2*64 = 504 KB
 }
-
-template <class T>
-constexpr int round_up_lanes(int n) {
-  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-// One allocation for all workers, cut into equal 64-byte aligned parts.
-template <class T>
-class Scratch {
- public:
-  Scratch(int64_t elements_a_worker, int workers)
-      : stride_((elements_a_worker * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64),
-        bytes_(static_cast<char*>(std::aligned_alloc(64, stride_ > 0 ? stride_ * workers : 64))) {
-    if (bytes_ == nullptr) throw std::bad_alloc();
-  }
-  T* of(int64_t worker) const { return reinterpret_cast<T*>(bytes_.get() + worker * stride_); }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  int64_t stride_;
-  std::unique_ptr<char, Free> bytes_;
-};
-
-// Hands out consecutive pieces of one worker's scratch; every piece starts on a vector boundary.
-template <class T>
-class Arena {
- public:
-  explicit Arena(T* base) : base_(base) {}
-  T* take(int64_t elements) {
-    T* piece = base_ + used_;
-    used_ += (elements + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  T* base_;
-  int64_t used_ = 0;
-};
 
 }  // namespace lcore::cpu::LCORE_ISA

@@ -8,10 +8,10 @@
 #include <cmath>
 
 #include "core/executor.h"
-#include "cpu/attention/tile.h"
 #include "cpu/kernels.h"
 #include "cpu/math.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {

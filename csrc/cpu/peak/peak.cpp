@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "core/executor.h"
-#include "cpu/attention/tile.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {

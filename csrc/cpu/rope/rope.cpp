@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "core/executor.h"
-#include "cpu/attention/tile.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
