@@ -1,0 +1,11 @@
+# How all of lcore's C++ is compiled: for the op library and for the standalone benchmarks.
+cmake_path(GET CMAKE_CURRENT_LIST_DIR PARENT_PATH LCORE_ROOT)
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+# Contraction makes a*b+c one FMA in ISO mode too; without errno and traps the vector loops stay loops.
+add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra> $<$<COMPILE_LANGUAGE:CXX>:-Wno-psabi>
+                    $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=fast> $<$<COMPILE_LANGUAGE:CXX>:-fno-math-errno>
+                    $<$<COMPILE_LANGUAGE:CXX>:-fno-trapping-math> $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${LCORE_ROOT}/=>)
+include_directories(${CMAKE_CURRENT_LIST_DIR})
