@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TOKENS ?= 32768
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'bench/cpp/*.h' 'bench/cpp/*.cpp')
+COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null || echo unknown)
 
-.PHONY: demo test test-slow test-abi build lint format bench clean
+.PHONY: demo test test-slow test-abi build lint format bench bench-cpp clean
 
 demo: build
 	$(BIN)/lcore demo --tokens $(TOKENS)
@@ -44,6 +45,14 @@ format: $(VENV)/.ready
 
 bench: build
 	$(BIN)/python -m bench.attention
+	$(BIN)/python -m bench.decode
+
+# The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
+bench-cpp:
+	cmake -S bench/cpp -B build/bench-cpp
+	cmake --build build/bench-cpp
+	build/bench-cpp/attention --json build/bench-cpp/attention.json --commit $(COMMIT) $(BENCH_FLAGS)
+	build/bench-cpp/decode --json build/bench-cpp/decode.json --commit $(COMMIT) $(BENCH_FLAGS)
 
 clean:
 	rm -rf build $(VENV)
