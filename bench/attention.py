@@ -1,104 +1,194 @@
-"""CPU attention against torch's scaled_dot_product_attention: ``python -m bench.attention [--json [FILE]]``.
+"""CPU attention against torch's: ``python -m bench.attention [--json FILE] [--plot FILE]``.
 
-GFLOP/s count the pairs that the mask allows: forward 4 * pairs * heads * head_dim, backward 2.5 times that. The
-speed-up is torch's median time over lcore's on the same inputs in the same process; torch gets its own layout (batch,
-heads, seq, head_dim), contiguous. A backward is forward and backward together, less the forward.
+GFLOP/s count the pairs that the mask allows: forward 4 * pairs * heads * head_dim, backward 2.5 times that. A backward
+is timed alone, on a graph that is kept. The speed-up is the median time of torch's scaled_dot_product_attention over
+lcore's on the same inputs in the same process; torch gets its own layout (batch, heads, seq, head_dim), contiguous, a
+window as a boolean mask, packed sequences as a batch, and for grouped heads the faster of enable_gqa and expanding K
+and V by hand. --full-set measures what is published.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
-import lcore
-from bench.machine import peaks, write_json
+from bench import plot, shapes, torch_peers
+from bench.check import PEER_SLACK, Checker
+from bench.machine import Row, ceiling, peaks, result, write_json
+from bench.memory import forward_bytes
+from bench.shapes import Shape
+from bench.tables import show
 from bench.timer import median_seconds
-from lcore.machine import describe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def allowed_pairs(seq: int, causal: bool) -> int:
-    return seq * (seq + 1) // 2 if causal else seq * seq
+# Longer sequences take torch half a minute a row.
+TORCH_SEQ = 16384
 
 
-def measure(seq: int, head_dim: int, heads: int, dtype: str, causal: bool, backward: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    ceilings: dict[str, float]
+    flex: bool  # measure flex_attention too
+    torch_seq: int  # the longest sequence that torch gets
+    seconds: float  # to spend on each figure, if its calls are short
+
+
+def seconds_of(
+    shape: Shape, call: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, settings: Settings
+) -> float:
+    """Of a forward, or of a backward alone."""
+    if shape.which == "forward":
+        return median_seconds(lambda: call(*inputs), settings.seconds)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = call(*leaves)
+    return median_seconds(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), settings.seconds)
+
+
+def check(shape: Shape, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Checker:
+    """Raises AssertionError when lcore's results are wrong."""
+    checker = Checker(q, k, v, shape.bounds)
+    leaves = tuple(shape.ours(x).detach().requires_grad_(shape.which == "backward") for x in (q, k, v))
+    out, lse = shape.attention_and_lse(*leaves)
+    batched = out.detach().reshape(dout.shape)
+    checker.forward(batched)
+    if shape.which == "backward":
+        grads = torch.autograd.grad(out, leaves, shape.ours(dout))
+        if shape.packed:
+            lse = lse.unflatten(1, (shape.batch, shape.seq)).transpose(0, 1)
+        dq, dk, dv = (grad.reshape(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
+        checker.backward(batched, lse.detach(), dout, (dq, dk, dv))
+    return checker
+
+
+def measure(shape: Shape, settings: Settings) -> Row:
     """One row: lcore and torch on the same random normal inputs."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, seq, heads, head_dim)
-    q, k, v = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(3))
-    torch_inputs = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    ours = lcore.attention(q, k, v, causal=causal)
-    theirs = F.scaled_dot_product_attention(*torch_inputs, is_causal=causal).transpose(1, 2)
-    # A wrong kernel must not get a time. bf16 keeps 8 bits: 2^-5 on outputs of size 1 is far above its error.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-5 if dtype == "bf16" else 1e-4)
+    q, k, v, dout = shape.inputs()
+    checker = check(shape, q, k, v, dout)
+    ours = [shape.ours(x) for x in (q, k, v)]
+    seconds = seconds_of(shape, shape.attention, ours, shape.ours(dout), settings)
+    gflops = shape.flops() / seconds / 1e9
+    name, peak = ceiling(settings.ceilings, shape.dtype)
+    row = {
+        "kind": "attention", **shape.fields(), "ms": seconds * 1e3, "gflops": gflops, "ceiling": name,
+        "of_peak": gflops / peak, "torch_gflops": None, "torch_gqa": None, "speedup": None, "flex_speedup": None,
+        "flex_error": None,
+    }  # fmt: skip
 
-    seconds = median_seconds(lambda: lcore.attention(q, k, v, causal=causal))
-    torch_seconds = median_seconds(lambda: F.scaled_dot_product_attention(*torch_inputs, is_causal=causal))
-    flops = 4 * allowed_pairs(seq, causal) * heads * head_dim
-    if backward:
-        seconds = backward_seconds(lambda *x: lcore.attention(*x, causal=causal), (q, k, v)) - seconds
-        both = backward_seconds(lambda *x: F.scaled_dot_product_attention(*x, is_causal=causal), torch_inputs)
-        torch_seconds = both - torch_seconds
-        flops = flops * 5 // 2
+    inputs, dout = [x.transpose(1, 2).contiguous() for x in (q, k, v)], dout.transpose(1, 2).contiguous()
+    del q, k, v, ours
+    times: dict[str | None, float] = {}
+    for way, call in torch_peers.sdpa(shape).items() if shape.seq <= settings.torch_seq else ():
+        checker.forward(call(*inputs).transpose(1, 2), PEER_SLACK)
+        times[way] = seconds_of(shape, call, inputs, dout, settings)
+    if times:
+        best = min(times, key=times.__getitem__)
+        row.update(torch_gflops=shape.flops() / times[best] / 1e9, torch_gqa=best, speedup=times[best] / seconds)
+    if settings.flex:
+        row.update(measure_flex(shape, checker, inputs, dout, seconds, settings))
+    return row
+
+
+def measure_flex(
+    shape: Shape, checker: Checker, inputs: list[Tensor], dout: Tensor, seconds: float, settings: Settings
+) -> dict[str, Any]:
+    """flex_attention's time over lcore's, or why there is none: compiling it on a CPU needs more than torch."""
+    try:
+        call = torch_peers.flex(shape)
+        checker.forward(call(*inputs).transpose(1, 2), PEER_SLACK)
+        return {"flex_speedup": seconds_of(shape, call, inputs, dout, settings) / seconds}
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"flex_error": text[:160]}
+
+
+def memory_row(shape: Shape, settings: Settings) -> Row:
+    """What a forward allocates beside its inputs and outputs."""
+    output = 2 if shape.dtype != "fp32" else 4
+    output_bytes = shape.batch * shape.seq * shape.heads * (shape.head_dim * output + 4)
+    ours = forward_bytes(shape)
+    peer = forward_bytes(shape, peer=True) if shape.seq <= settings.torch_seq else None
     return {
-        "pass": "backward" if backward else "forward",
-        "dtype": dtype,
-        "seq": seq,
-        "heads": heads,
-        "head_dim": head_dim,
-        "causal": causal,
-        "ms": seconds * 1e3,
-        "gflops": flops / seconds / 1e9,
-        "torch_gflops": flops / torch_seconds / 1e9,
-        "speedup": torch_seconds / seconds,
+        "kind": "memory",
+        **shape.fields(),
+        "output_mbytes": output_bytes / 1e6,
+        "extra_mbytes": None if ours is None else ours / 1e6,
+        "torch_extra_mbytes": None if peer is None else peer / 1e6,
     }
 
 
-def backward_seconds(call: Any, inputs: Any) -> float:
-    """Seconds of forward and backward together."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    grad = torch.randn_like(call(*leaves))
-    return median_seconds(lambda: torch.autograd.grad(call(*leaves), leaves, grad))
+def ratio_rows(rows: dict[Shape, Row]) -> list[Row]:
+    """A window against all keys, and short packed sequences against a long one: where both were measured."""
+    ratios = []
+    pairs = [(shapes.window_pair(), "time, {full} causal / window {short.window}", "ms")]
+    pairs += [(shapes.packed_pair(), "GFLOP/s, {short.batch} packed of {short.seq} / one of {full}", "gflops")]
+    for (short, full), name, column in pairs:
+        if short in rows and full in rows:
+            one, other = rows[short][column], rows[full][column]
+            ratios.append({
+                "kind": "ratio", "name": name.format(short=short, full=full.seq), "dtype": full.dtype,
+                "head_dim": full.head_dim, "ratio": other / one if column == "ms" else one / other,
+                "ideal": full.pairs() / short.pairs() if column == "ms" else 1.0,
+            })  # fmt: skip
+    return ratios
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
-    parser.add_argument("--pass", dest="passes", choices=["forward", "backward"], nargs="+",
-                        default=["forward", "backward"])  # fmt: skip
+    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    parser.add_argument("--dtype", choices=list(shapes.DTYPES), nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--pass", dest="passes", choices=shapes.PASSES, nargs="+", default=list(shapes.PASSES))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--packed", action="store_true", help="the batch as packed sequences, with cu_seqlens")
     parser.add_argument("--full", action="store_true", help="without the causal mask")
+    parser.add_argument("--window", type=int, help="keys to the left of its own that a query sees")
+    parser.add_argument("--full-set", action="store_true", help="the published set, instead of all of the above")
+    parser.add_argument("--memory", action="store_true", help="also the memory of the longest forward")
+    parser.add_argument("--flex", action="store_true", help="also torch.compile(flex_attention)")
+    parser.add_argument("--torch-long", action="store_true", help=f"torch beyond {TORCH_SEQ} tokens too")
+    parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each figure, if its calls are short")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout")
-    args = parser.parse_args(argv)
+    parser.add_argument("--plot", metavar="FILE.png", help="draw speed over length; needs the extra lcore[bench]")
+    return parser.parse_args(argv)
 
-    ceiling = peaks()
-    table = Table(title=f"attention, {'full' if args.full else 'causal'}; FMA peak {ceiling['fma_gflops']:.0f} GFLOP/s")
-    for column in ("pass", "dtype", "seq", "head_dim", "ms", "GFLOP/s", "of FMA peak", "torch GFLOP/s", "speed-up"):
-        table.add_column(column, justify="right")
-    rows = []
-    for which in args.passes:
-        for dtype in args.dtype:
-            for head_dim in args.head_dim:
-                for seq in args.seq:
-                    row = measure(seq, head_dim, args.heads, dtype, not args.full, which == "backward")
-                    row["of_fma_peak"] = row["gflops"] / ceiling["fma_gflops"]
-                    rows.append(row)
-                    cells = [f"{row['ms']:.2f}", f"{row['gflops']:.0f}", f"{row['of_fma_peak']:.0%}"]
-                    cells += [f"{row['torch_gflops']:.0f}", f"{row['speedup']:.2f}x"]
-                    table.add_row(which, dtype, str(seq), str(head_dim), *cells)
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    if args.plot:
+        plot.require()
+    if args.full_set:
+        todo = shapes.full_set()
+    else:
+        todo = shapes.table(
+            which=args.passes, dtype=args.dtype, head_dim=args.head_dim, seq=args.seq, batch=[args.batch],
+            packed=[args.packed], heads=[args.heads], kv_heads=[args.kv_heads or args.heads],
+            causal=[not args.full], window=[args.window],
+        )  # fmt: skip
+    torch_seq = sys.maxsize if args.torch_long else TORCH_SEQ
+    settings = Settings(peaks(), args.flex, torch_seq, args.seconds)
+    rows: dict[Shape, Row] = {}
+    for number, shape in enumerate(todo, 1):
+        print(f"{number}/{len(todo)} {shape.label()}", file=sys.stderr)
+        rows[shape] = measure(shape, settings)
+    extra = ratio_rows(rows)
+    if args.memory or args.full_set:
+        longest = dataclasses.replace(max(todo, key=lambda shape: (shape.seq, shape.head_dim)), which="forward")
+        extra.append(memory_row(longest, settings))
+    content = result("attention", settings.ceilings, [*rows.values(), *extra])
     if args.json != "-":
-        Console().print(table)
+        show(content)
     if args.json:
-        write_json(args.json, {"bench": "attention", "machine": describe(), "peaks": ceiling, "rows": rows})
+        write_json(args.json, content)
+    if args.plot:
+        plot.draw_attention(content, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""Result rows as tables, on the console and as markdown: ``python -m bench.tables FILE.json [FILE.json ...]``.
+
+Prints what README and docs show, so that no figure is typed by hand. Reads the files of the Python benchmarks and of
+those in bench/cpp alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.machine import Row
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def _show(key: str, form: str = "{}") -> Callable[[Row], str]:
+    return lambda row: "" if row[key] is None else form.format(row[key])
+
+
+def _heads(row: Row) -> str:
+    heads, kv_heads = row["heads"], row["kv_heads"]
+    return str(heads) if heads == kv_heads else f"{heads}/{kv_heads}"
+
+
+def _mask(row: Row) -> str:
+    window = "" if row["window"] is None else f", window {row['window']}"
+    return ("causal" if row["causal"] else "full") + window
+
+
+def _tokens(row: Row) -> str:
+    if row["batch"] == 1:
+        return str(row["seq"])
+    return f"{row['batch']} × {row['seq']}" + (" packed" if row["packed"] else "")
+
+
+def _torch(row: Row) -> str:
+    if row["torch_gflops"] is None:
+        return ""
+    return f"{row['torch_gflops']:.0f}" + (f" ({row['torch_gqa']})" if row["torch_gqa"] else "")
+
+
+def _flex(row: Row) -> str:
+    return (row["flex_error"] or "").partition(":")[0] or _show("flex_speedup", "{:.2f}×")(row)
+
+
+_SHAPE: list[Column] = [
+    ("dtype", _show("dtype")), ("tokens", _tokens), ("head_dim", _show("head_dim")), ("heads", _heads), ("mask", _mask),
+]  # fmt: skip
+
+COLUMNS: dict[str, list[Column]] = {
+    "attention": [
+        ("pass", _show("pass")), *_SHAPE, ("ms", _show("ms", "{:.2f}")), ("GFLOP/s", _show("gflops", "{:.0f}")),
+        ("of peak", _show("of_peak", "{:.0%}")), ("peak", _show("ceiling")), ("torch SDPA", _torch),
+        ("speed-up", _show("speedup", "{:.2f}×")), ("over flex_attention", _flex),
+    ],
+    "decode": [
+        ("cache", lambda row: "paged" if row["paged"] else "dense"), ("format", _show("kv_format")),
+        ("tokens", _show("tokens")), ("new", _show("new_tokens")), ("heads", _heads), ("head_dim", _show("head_dim")),
+        ("ms", _show("ms", "{:.2f}")), ("tokens/s", _show("tokens_per_s", "{:.0f}")),
+        ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of read peak", _show("of_read_peak", "{:.0%}")),
+        ("over enable_gqa", _show("speedup_gqa", "{:.1f}×")), ("over packed heads", _show("speedup_packed", "{:.2f}×")),
+    ],
+    "memory": [
+        *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),
+        ("torch extra MB", _show("torch_extra_mbytes", "{:.1f}")),
+    ],
+    "ratio": [
+        ("what", _show("name")), ("dtype", _show("dtype")), ("head_dim", _show("head_dim")),
+        ("ratio", _show("ratio", "{:.2f}")), ("ideal", _show("ideal", "{:.2f}")),
+    ],
+}  # fmt: skip
+
+
+def tabulate(rows: list[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """(headers, lines) for each kind of row, without the columns that are empty throughout."""
+    tables = []
+    for kind, columns in COLUMNS.items():
+        lines = [[cell(row) for _, cell in columns] for row in rows if row["kind"] == kind]
+        used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+        if lines:
+            tables.append(([columns[i][0] for i in used], [[line[i] for i in used] for line in lines]))
+    return tables
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One line on the machine, its ceilings and the versions."""
+    machine, peaks = result["machine"], result["peaks"]
+    parts = [f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_isa']}"]
+    parts.append(f"FMA peak {peaks['fma_gflops']:.0f} GFLOP/s")
+    if peaks["dot_bf16_gflops"]:
+        parts.append(f"bf16 dot-product peak {peaks['dot_bf16_gflops']:.0f} GFLOP/s")
+    parts.append(f"read {peaks['read_gbytes']:.1f} GB/s, measured in the same run")
+    parts.append(f"lcore {machine['commit']}" + (f", torch {machine['torch']}" if machine["torch"] else ""))
+    return "; ".join(parts)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    parts = [headline(result)]
+    for headers, lines in tabulate(result["rows"]):
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in [headers, ["---"] * len(headers), *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def show(result: dict[str, Any]) -> None:
+    """The same on the console."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe
+    console.print(f"{result['bench']}: {headline(result)}", highlight=False)
+    for headers, lines in tabulate(result["rows"]):
+        table = Table()
+        for header in headers:
+            table.add_column(header, justify="right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    for path in parser.parse_args(argv).files:
+        print(markdown(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
