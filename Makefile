@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TOKENS ?= 32768
+# A checkout also tests the bfloat16 dot-product kernels on machines that lack the instruction.
+export LCORE_EMULATED_ISA ?= ON
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'bench/cpp/*.h' 'bench/cpp/*.cpp')
 COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null || echo unknown)
 

@@ -20,16 +20,9 @@ def peaks() -> dict[str, float]:
     """
     return {
         "fma_gflops": torch.ops.lcore._peak("fma") / 1e9,
-        "dot_bf16_gflops": _dot_peak() / 1e9,
+        "dot_bf16_gflops": torch.ops.lcore._peak("dot") / 1e9,
         "read_gbytes": torch.ops.lcore._peak("read") / 1e9,
     }
-
-
-def _dot_peak() -> float:
-    try:
-        return torch.ops.lcore._peak("dot")
-    except RuntimeError:  # this build does not measure it
-        return 0.0
 
 
 def ceiling(ceilings: dict[str, float], dtype: str) -> tuple[str, float]:

@@ -41,7 +41,7 @@ struct Peaks {
 inline Peaks measure_peaks(Executor& executor) {
   const cpu::KernelTable& kernels = cpu::kernels();
   return {.fma_gflops = kernels.peak_fma(executor) / 1e9,
-          .dot_bf16_gflops = 0,
+          .dot_bf16_gflops = kernels.peak_dot(executor) / 1e9,
           .read_gbytes = kernels.peak_read(executor) / 1e9};
 }
 

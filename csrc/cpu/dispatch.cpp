@@ -17,6 +17,14 @@ extern const KernelTable kTable;
 namespace avx512 {
 extern const KernelTable kTable;
 }
+namespace avx512_bf16 {
+extern const KernelTable kTable;
+}
+#endif
+#ifdef LCORE_EMULATED_ISA
+namespace emulated_bf16 {
+extern const KernelTable kTable;
+}
 #endif
 
 namespace {
@@ -34,7 +42,13 @@ const KernelTable& choose() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  const Candidate candidates[] = {{&avx512::kTable, v4}, {&avx2::kTable, v3}, {&baseline::kTable, true}};
+  const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const Candidate candidates[] = {
+      {&avx512_bf16::kTable, bf16}, {&avx512::kTable, v4}, {&avx2::kTable, v3}, {&baseline::kTable, true},
+#ifdef LCORE_EMULATED_ISA
+      {&emulated_bf16::kTable, v3},  // after one that always runs: only by name
+#endif
+  };
 #else
   const Candidate candidates[] = {{&baseline::kTable, true}};
 #endif

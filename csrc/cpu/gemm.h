@@ -1,14 +1,16 @@
-// The one matrix product of the attention kernels: C = A B or C = diag(s) C + A B, accumulated in registers.
-//   A(i, k) is read as scalars at a[i * a_row + k * a_col], so a transposed A costs nothing;
-//   B is row-major (k, ldb), C row-major (rows, ldc), both padded to whole vectors of columns.
-// Register tile: 6 rows x 4 vectors with 32 registers (24 accumulators, 4 of B, broadcasts from memory), 6 x 2 with 16
-// (12 accumulators, 2 of B, 1 broadcast). Every element is summed over k in order with one FMA a step, whatever the
-// tile it falls in: a row's bits do not depend on how many rows stand beside it. The loops over the tile are unrolled
-// by name, or the accumulators would be an array in memory.
+// The one matrix product of the attention kernels: C = A B, C += A B or C = diag(s) C + A B, accumulated in registers.
+//   A(i, k) is broadcast from a[i * row + k * col], so a transposed A costs nothing;
+//   B comes by vectors from a loader: packed panels (Panels) or rows of a tensor in place (RowsInPlace);
+//   C is row-major (rows, ldc), padded to whole vectors of columns.
+// A panel is kTileVectors vectors of columns, contiguous over k: it streams through L1 without the conflicts that rows
+// a power of two apart have there. Register tile: 6 rows x 4 vectors with 32 registers (24 accumulators, 4 of B,
+// broadcasts from memory), 6 x 2 with 16 (12 accumulators, 2 of B, 1 broadcast). Every element is summed over k in
+// order with one multiply-add a step, whatever the tile it falls in: a row's bits do not depend on the rows beside it.
 #pragma once
 
 #include <cstdint>
 
+#include "cpu/arithmetic.h"
 #include "cpu/simd.h"
 
 namespace lcore::cpu::LCORE_ISA {
@@ -16,81 +18,147 @@ namespace lcore::cpu::LCORE_ISA {
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 
-template <class T>
+// Columns of a panel of In.
+template <class In>
+inline constexpr int kPanel = kTileVectors * kLanes<In>;
+
+template <class In>
 struct MatrixA {
-  const T* data;
+  const In* data;
   int64_t row;
   int64_t col;
 };
 
 enum class Accumulate { kOverwrite, kAdd, kScaleAndAdd };
 
-template <class T, int kRows, int kVectors, Accumulate kMode>
-inline void gemm_tile(const MatrixA<T>& a, const T* b, int64_t ldb, const T* row_scale, T* c, int64_t ldc, int depth) {
-  Vec<T> acc[kRows][kVectors];
+// Where a tile's vectors of B lie in packed panels of kWidth vectors, `next` elements from panel to panel.
+template <class In, int kWidth>
+struct Panels {
+  const In* data;
+  int64_t next;
+  Vec<In> operator()(int64_t k, int j) const {
+    return load(data + (j / kWidth) * next + (k * kWidth + j % kWidth) * kLanes<In>);
+  }
+};
+
+template <class M, int kRows, int kVectors, Accumulate kMode, class LoadB>
+inline void gemm_tile(const MatrixA<typename M::In>& a, const LoadB& b, const typename M::Out* row_scale,
+                      typename M::Out* c, int64_t ldc, int depth) {
+  using In = typename M::In;
+  using Out = typename M::Out;
+  Vec<Out> acc[kRows][kVectors];
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
-      if constexpr (kMode == Accumulate::kOverwrite) acc[i][j] = Vec<T>{};
-      if constexpr (kMode == Accumulate::kAdd) acc[i][j] = load(c + i * ldc + j * kLanes<T>);
-      if constexpr (kMode == Accumulate::kScaleAndAdd) acc[i][j] = load(c + i * ldc + j * kLanes<T>) * row_scale[i];
+      if constexpr (kMode == Accumulate::kOverwrite) acc[i][j] = Vec<Out>{};
+      if constexpr (kMode == Accumulate::kAdd) acc[i][j] = load(c + i * ldc + j * kLanes<Out>);
+      if constexpr (kMode == Accumulate::kScaleAndAdd) acc[i][j] = load(c + i * ldc + j * kLanes<Out>) * row_scale[i];
     }
   }
   for (int k = 0; k < depth; ++k) {
-    Vec<T> bk[kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) bk[j] = load(b + k * ldb + j * kLanes<T>);
+    Vec<In> bk[kVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) bk[j] = b(k, j);
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> aik = splat(a.data[i * a.row + k * a.col]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += aik * bk[j];
+      const Vec<In> aik = splat(a.data[i * a.row + k * a.col]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = M::step(aik, bk[j], acc[i][j]);
     }
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes<T>, acc[i][j]);
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes<Out>, acc[i][j]);
   }
 }
 
-template <class T, int kVectors, Accumulate kMode>
-inline void gemm_panel(MatrixA<T> a, const T* b, int64_t ldb, const T* row_scale, T* c, int64_t ldc, int rows,
-                       int depth) {
-  int i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    gemm_tile<T, kTileRows, kVectors, kMode>(a, b, ldb, row_scale, c, ldc, depth);
-    a.data += kTileRows * a.row;
-    c += kTileRows * ldc;
-    if constexpr (kMode == Accumulate::kScaleAndAdd) row_scale += kTileRows;
+// All rows (at most two where kVectors is more than a tile's) against the kVectors vectors of columns that b loads.
+template <class M, int kVectors, Accumulate kMode, class LoadB>
+inline void gemm_rows(MatrixA<typename M::In> a, const LoadB& b, const typename M::Out* row_scale, typename M::Out* c,
+                      int64_t ldc, int rows, int depth) {
+  if constexpr (kVectors <= kTileVectors) {
+    for (; rows >= kTileRows; rows -= kTileRows) {
+      gemm_tile<M, kTileRows, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
+      a.data += kTileRows * a.row;
+      c += kTileRows * ldc;
+      if constexpr (kMode == Accumulate::kScaleAndAdd) row_scale += kTileRows;
+    }
+    switch (rows) {
+      case 5:
+        return gemm_tile<M, 5, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
+      case 4:
+        return gemm_tile<M, 4, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
+      case 3:
+        return gemm_tile<M, 3, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
+      default:
+        break;
+    }
   }
-  switch (rows - i) {
-    case 5:
-      return gemm_tile<T, 5, kVectors, kMode>(a, b, ldb, row_scale, c, ldc, depth);
-    case 4:
-      return gemm_tile<T, 4, kVectors, kMode>(a, b, ldb, row_scale, c, ldc, depth);
-    case 3:
-      return gemm_tile<T, 3, kVectors, kMode>(a, b, ldb, row_scale, c, ldc, depth);
+  switch (rows) {
     case 2:
-      return gemm_tile<T, 2, kVectors, kMode>(a, b, ldb, row_scale, c, ldc, depth);
+      return gemm_tile<M, 2, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
     case 1:
-      return gemm_tile<T, 1, kVectors, kMode>(a, b, ldb, row_scale, c, ldc, depth);
+      return gemm_tile<M, 1, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
     default:
       return;
   }
 }
 
-// cols is a multiple of a vector. row_scale has one factor a row with kScaleAndAdd and is not read otherwise.
-template <class T, Accumulate kMode>
-inline void gemm(MatrixA<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int rows, int cols, int depth,
-                 const T* row_scale = nullptr) {
-  constexpr int kPanel = kTileVectors * kLanes<T>;
+// Steps [begin, end) of the depth.
+struct Steps {
+  int begin;
+  int end;
+};
+
+// b: panels of `cols` columns (a multiple of a vector) packed over `packed_depth` steps, of which `steps` are taken.
+// row_scale has one factor a row with kScaleAndAdd and is not read otherwise.
+template <class M, Accumulate kMode>
+inline void gemm(MatrixA<typename M::In> a, const typename M::In* b, int64_t packed_depth, Steps steps,
+                 typename M::Out* c, int64_t ldc, int rows, int cols, const typename M::Out* row_scale = nullptr) {
+  using In = typename M::In;
+  constexpr int kLane = kLanes<In>;
+  const int depth = steps.end - steps.begin;
+  a.data += steps.begin * a.col;
   int j = 0;
-  for (; j + kPanel <= cols; j += kPanel) {
-    gemm_panel<T, kTileVectors, kMode>(a, b + j, ldb, row_scale, c + j, ldc, rows, depth);
+  const auto panels = [&]<int kWidth, int kVectors>() {
+    const Panels<In, kWidth> panel{b + j * packed_depth + steps.begin * kWidth * kLane, packed_depth * kPanel<In>};
+    gemm_rows<M, kVectors, kMode>(a, panel, row_scale, c + j, ldc, rows, depth);
+    j += kVectors * kLane;
+  };
+  if (rows <= 2) {  // few rows need several panels at once, or the latency of their sums shows
+    while (j + 2 * kPanel<In> <= cols) panels.template operator()<kTileVectors, 2 * kTileVectors>();
   }
-  for (; j < cols; j += kLanes<T>) gemm_panel<T, 1, kMode>(a, b + j, ldb, row_scale, c + j, ldc, rows, depth);
+  while (j + kPanel<In> <= cols) panels.template operator()<kTileVectors, kTileVectors>();
+  switch ((cols - j) / kLane) {  // the last panel is as narrow as its columns
+    case 3:
+      if constexpr (kTileVectors > 3) panels.template operator()<3, 3>();
+      return;
+    case 2:
+      if constexpr (kTileVectors > 2) panels.template operator()<2, 2>();
+      return;
+    case 1:
+      return panels.template operator()<1, 1>();
+    default:
+      return;
+  }
+}
+
+// The same with B from loader_at(j), which loads the vectors from column j on; cols are whole vectors.
+template <class M, Accumulate kMode, class LoaderAt>
+inline void gemm_loaded(MatrixA<typename M::In> a, const LoaderAt& loader_at, typename M::Out* c, int64_t ldc, int rows,
+                        int cols, int depth, const typename M::Out* row_scale = nullptr) {
+  constexpr int kLane = kLanes<typename M::In>;
+  int j = 0;
+  const auto columns = [&]<int kVectors>() {
+    for (; j + kVectors * kLane <= cols; j += kVectors * kLane) {
+      gemm_rows<M, kVectors, kMode>(a, loader_at(j), row_scale, c + j, ldc, rows, depth);
+    }
+  };
+  if (rows <= 2) columns.template operator()<2 * kTileVectors>();
+  columns.template operator()<kTileVectors>();
+  columns.template operator()<1>();
 }
 
 }  // namespace lcore::cpu::LCORE_ISA

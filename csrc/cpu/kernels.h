@@ -25,6 +25,7 @@ struct KernelTable {
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);
   double (*peak_fma)(Executor&);   // float32 operations a second
+  double (*peak_dot)(Executor&);   // bfloat16 dot-product operations a second, 0 where there is no such instruction
   double (*peak_read)(Executor&);  // bytes a second
 };
 

@@ -15,16 +15,23 @@ constexpr int round_up_lanes(int n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// One allocation for all workers, cut into equal 64-byte aligned parts.
 template <class T>
+constexpr int64_t bytes_of(int64_t elements) {
+  return elements * static_cast<int64_t>(sizeof(T));
+}
+
+// One allocation for all workers, cut into equal 64-byte aligned parts.
 class Scratch {
  public:
-  Scratch(int64_t elements_a_worker, int workers)
-      : stride_((elements_a_worker * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64),
+  Scratch(int64_t bytes_a_worker, int workers)
+      : stride_((bytes_a_worker + 63) / 64 * 64),
         bytes_(static_cast<char*>(std::aligned_alloc(64, stride_ > 0 ? stride_ * workers : 64))) {
     if (bytes_ == nullptr) throw std::bad_alloc();
   }
-  T* of(int64_t worker) const { return reinterpret_cast<T*>(bytes_.get() + worker * stride_); }
+  template <class T = char>
+  T* of(int64_t worker) const {
+    return reinterpret_cast<T*>(bytes_.get() + worker * stride_);
+  }
 
  private:
   struct Free {
@@ -34,20 +41,20 @@ class Scratch {
   std::unique_ptr<char, Free> bytes_;
 };
 
-// Hands out consecutive pieces of one worker's scratch; every piece starts on a vector boundary.
-template <class T>
+// Hands out consecutive pieces of one worker's scratch; every piece starts on a cache line, which no vector outgrows.
 class Arena {
  public:
-  explicit Arena(T* base) : base_(base) {}
+  explicit Arena(char* base) : base_(base) {}
+  template <class T>
   T* take(int64_t elements) {
-    T* piece = base_ + used_;
-    used_ += (elements + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (bytes_of<T>(elements) + 63) / 64 * 64;
     return piece;
   }
   int64_t used() const { return used_; }
 
  private:
-  T* base_;
+  char* base_;
   int64_t used_ = 0;
 };
 

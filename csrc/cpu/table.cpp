@@ -13,6 +13,7 @@ void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void rope(const RopeParams&, Executor&);
 double peak_fma(Executor&);
+double peak_dot(Executor&);
 double peak_read(Executor&);
 
 extern const KernelTable kTable;
@@ -24,6 +25,7 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             merge_states_backward,
                             rope,
                             peak_fma,
+                            peak_dot,
                             peak_read};
 
 }  // namespace lcore::cpu::LCORE_ISA

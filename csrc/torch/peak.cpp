@@ -8,8 +8,9 @@ namespace {
 double peak(std::string what) {
   TorchExecutor executor;
   if (what == "fma") return cpu::kernels().peak_fma(executor);
+  if (what == "dot") return cpu::kernels().peak_dot(executor);
   if (what == "read") return cpu::kernels().peak_read(executor);
-  STD_TORCH_CHECK(false, "lcore._peak: what must be fma or read, got ", what);
+  STD_TORCH_CHECK(false, "lcore._peak: what must be fma, dot or read, got ", what);
 }
 
 }  // namespace

@@ -10,60 +10,81 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "cpu/attention/operands.h"
 #include "cpu/attention/scores.h"
 #include "cpu/attention/tile.h"
-#include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/masked_gemm.h"
 #include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
 
-// What a worker may hold of dQ in the one-pass schedule: 65536 rows of head_dim 128.
-constexpr int64_t kMostQueryGradientBytes = int64_t{32} << 20;
-
-template <class T>
+template <class M>
 struct Buffers {
-  T* q;         // [rows][ld_dim], scaled
-  T* dout;      // [rows][ld_dim_v]
-  T* keys_t;    // [head_dim][keys]
-  T* values_t;  // [head_dim_v][keys]
-  T* keys;      // [keys][ld_dim]
-  T* values;    // [keys][ld_dim_v]
-  T* weights;   // [rows][keys]: scores, then P
-  T* dscores;   // [rows][keys]: dP, then dS
-  T* grad;      // [max(rows, keys)][ld_dim]: dQ or dK
-  T* grad_v;    // [keys][ld_dim_v]: dV
+  using In = typename M::In;
+  using Out = typename M::Out;
+  In* q;            // [rows][ld_q]: A of the scores
+  In* dout;         // [rows][ld_dout]: A of dP
+  In* q_panels;     // rows as steps: B of dK
+  In* dout_panels;  // rows as steps: B of dV
+  In* keys_t;       // keys as columns: B of the scores
+  In* values_t;     // keys as columns: B of dP
+  In* keys;         // keys as steps: B of dQ
+  Out* weights;     // [rows][ld_scores]: scores, then P
+  Out* dscores;     // [rows][ld_scores]: dP, then dS
+  In* weights_t;    // A of dV, and of dK and dQ below: the tiles themselves where M widens, else pairs of rows
+  In* dscores_t;    // [rows / 2][ld_scores], or of keys
+  In* dscores_row;  // [rows][ld_scores / 2]
+  Out* grad;        // [max(rows, keys)][ld_dim]: dQ or dK
+  Out* grad_v;      // [keys][ld_dim_v]: dV
 };
 
-template <class T>
+template <class M>
 struct Plan {
+  using In = typename M::In;
+  using Out = typename M::Out;
   TileSize tile;
+  int ld_q;
+  int ld_dout;
   int ld_dim;
   int ld_dim_v;
+  int ld_scores;
 
   explicit Plan(const AttentionParams& p)
       : tile(backward_tile(std::max(p.head_dim, p.head_dim_v))),
-        ld_dim(round_up_lanes<T>(p.head_dim)),
-        ld_dim_v(round_up_lanes<T>(p.head_dim_v)) {}
+        ld_q(round_up_lanes<In>(div_up(p.head_dim, M::kPair))),
+        ld_dout(round_up_lanes<In>(div_up(p.head_dim_v, M::kPair))),
+        ld_dim(round_up_lanes<Out>(p.head_dim)),
+        ld_dim_v(round_up_lanes<Out>(p.head_dim_v)),
+        ld_scores(odd_lines<Out>(tile.keys)) {}
 
-  Buffers<T> lay_out(const AttentionParams& p, Arena<T>& arena) const {
-    const int64_t rows = tile.rows, keys = tile.keys;
-    Buffers<T> b{};
-    b.q = arena.take(rows * ld_dim);
-    b.dout = arena.take(rows * ld_dim_v);
-    b.keys_t = arena.take(p.head_dim * keys);
-    b.values_t = arena.take(p.head_dim_v * keys);
-    b.keys = arena.take(keys * ld_dim);
-    b.values = arena.take(keys * ld_dim_v);
-    b.weights = arena.take(rows * keys);
-    b.dscores = arena.take(rows * keys);
-    b.grad = arena.take(std::max(rows, keys) * ld_dim);
-    b.grad_v = arena.take(keys * ld_dim_v);
+  Buffers<M> lay_out(const AttentionParams& p, Arena& arena) const {
+    const int64_t rows = tile.rows, keys = tile.keys, pair = M::kPair;
+    Buffers<M> b{};
+    b.q = arena.take<In>(rows * ld_q);
+    b.dout = arena.take<In>(rows * ld_dout);
+    b.q_panels = arena.take<In>(rows / pair * ld_dim);
+    b.dout_panels = arena.take<In>(rows / pair * ld_dim_v);
+    b.keys_t = arena.take<In>(div_up(p.head_dim, M::kPair) * keys);
+    b.values_t = arena.take<In>(div_up(p.head_dim_v, M::kPair) * keys);
+    b.keys = arena.take<In>(keys / pair * ld_dim);
+    b.weights = arena.take<Out>(rows * ld_scores);
+    b.dscores = arena.take<Out>(rows * ld_scores);
+    if constexpr (M::kPair == 1) {
+      b.weights_t = b.weights;
+      b.dscores_t = b.dscores_row = b.dscores;
+    } else {
+      b.weights_t = arena.take<In>(rows / pair * ld_scores);
+      b.dscores_t = arena.take<In>(rows / pair * ld_scores);
+      b.dscores_row = arena.take<In>(rows * ld_scores / pair);
+    }
+    b.grad = arena.take<Out>(std::max(rows, keys) * ld_dim);
+    b.grad_v = arena.take<Out>(keys * ld_dim_v);
     return b;
   }
   int64_t scratch(const AttentionParams& p) const {
-    Arena<T> measure(nullptr);
+    Arena measure(nullptr);
     lay_out(p, measure);
     return measure.used();
   }
@@ -81,11 +102,10 @@ int64_t lse_index(const AttentionParams& p, const Sequence& s, int64_t row) {
   return s.batch * p.lse_batch + s.head(row) * p.lse_head + s.q_begin + s.position(row);
 }
 
-// One row of scores and dP becomes P and dS in place.
+// One row of scores and dP becomes P and dS in place; columns [0, keys_padded) outside the visible ones become 0.
 template <class T>
-void differentiate_row(const AttentionParams& p, const Sequence& s, int64_t row, int64_t key, int keys, int keys_padded,
-                       const T* delta, T* weights, T* dscores) {
-  const Columns columns = visible_columns(p, s, row, key, keys);
+void differentiate_row(const AttentionParams& p, const Sequence& s, int64_t row, int64_t key, Columns columns,
+                       int keys_padded, T scale, const T* delta, T* weights, T* dscores) {
   const int64_t at = lse_index(p, s, row);
   const T lse = static_cast<const T*>(p.lse)[at];
   if (columns.empty() || lse == -kInfinity<T>) {
@@ -93,7 +113,7 @@ void differentiate_row(const AttentionParams& p, const Sequence& s, int64_t row,
     std::fill(dscores, dscores + keys_padded, T{0});
     return;
   }
-  finish_scores(p, s, row, key, columns, weights);
+  finish_scores(p, s, row, key, columns, scale, weights);
   const Columns span = vector_span<T>(columns);
   const T inverse_cap = p.softcap > 0 ? static_cast<T>(1.0 / p.softcap) : T{0};
   for (int c = span.begin; c < span.end; c += kLanes<T>) {
@@ -102,131 +122,225 @@ void differentiate_row(const AttentionParams& p, const Sequence& s, int64_t row,
     Vec<T> dscore = weight * (load(dscores + c) - delta[at]);
     if (p.softcap > 0) {
       // The capped score is softcap * tanh; ALiBi is added after the cap and must not enter its slope.
-      Vec<T> ratio = score * inverse_cap;
-      if (p.alibi_slopes != nullptr) {
-        const T slope = p.alibi_slopes[s.batch * p.alibi_batch + s.head(row)];
-        const int64_t distance = s.position(row) + s.k_len - s.q_len - key - c;
-        for (int i = 0; i < kLanes<T>; ++i) ratio[i] += slope * std::abs(static_cast<T>(distance - i)) * inverse_cap;
-      }
+      const Vec<T> capped = p.alibi_slopes == nullptr ? score : score + alibi<T>(p, s, row, key + c);
+      const Vec<T> ratio = capped * inverse_cap;
       dscore *= T{1} - ratio * ratio;
     }
     store(weights + c, weight);
     store(dscores + c, dscore);
   }
-  const auto clear = [](T* x, int begin, int end) { std::fill(x + begin, x + end, T{0}); };
-  clear(weights, 0, span.begin);
-  clear(weights, span.end, keys_padded);
-  // Masked columns inside the first and last vector: their weight is 0, but dP may be anything.
-  clear(dscores, 0, columns.begin);
-  clear(dscores, columns.end, keys_padded);
-}
-
-// P and dS of rows [row, row + rows) against the block of keys that b.keys_t and b.values_t hold.
-template <class T>
-void differentiate(const AttentionParams& p, const Plan<T>& plan, const Sequence& s, int64_t row, int rows, int64_t key,
-                   int keys, const T* delta, const Buffers<T>& b) {
-  const int padded = round_up_lanes<T>(keys);
-  gemm<T, Accumulate::kOverwrite>({b.q, plan.ld_dim, 1}, b.keys_t, padded, b.weights, padded, rows, padded, p.head_dim);
-  gemm<T, Accumulate::kOverwrite>({b.dout, plan.ld_dim_v, 1}, b.values_t, padded, b.dscores, padded, rows, padded,
-                                  p.head_dim_v);
-  for (int r = 0; r < rows; ++r) {
-    differentiate_row(p, s, row + r, key, keys, padded, delta, b.weights + int64_t{r} * padded,
-                      b.dscores + int64_t{r} * padded);
+  // Masked columns inside the first and last vector too: there dP may be anything, and the weight NaN where lse is.
+  for (T* x : {weights, dscores}) {
+    std::fill(x, x + columns.begin, T{0});
+    std::fill(x + columns.end, x + keys_padded, T{0});
   }
 }
 
-template <class T>
-void load_rows_of(const AttentionGradParams& g, const Plan<T>& plan, const Sequence& s, int64_t row, int rows,
-                  const Buffers<T>& b) {
-  const AttentionParams& p = g.forward;
-  load_query_tile(p.q, p.type, s, row, rows, p.head_dim, static_cast<T>(p.softmax_scale), b.q, plan.ld_dim);
-  load_query_tile(g.dout, p.type, s, row, rows, p.head_dim_v, T{1}, b.dout, plan.ld_dim_v);
+// Rows [row, row + rows) of a sequence against keys [key, key + keys).
+struct Block {
+  const Sequence& s;
+  int64_t row;
+  int rows;
+  int64_t key;
+  int keys;
+  bool whole;  // every row sees every key
+
+  Block(const AttentionParams& p, const Sequence& sequence, int64_t first_row, int row_count, int64_t first_key,
+        int key_count)
+      : s(sequence), row(first_row), rows(row_count), key(first_key), keys(key_count) {
+    whole = visible(p, s, s.position(row)).end >= key + keys && visible(p, s, s.position(row + rows - 1)).begin <= key;
+  }
+
+  // Rows, from the block's first, that see any of its keys [begin, begin + count).
+  Steps rows_seeing(const AttentionParams& p, int begin, int count) const {
+    const RowRange seeing = seeing_rows(p, s, key + begin, count);
+    const int first = static_cast<int>(std::clamp<int64_t>(seeing.begin - row, 0, rows));
+    return {first, static_cast<int>(std::clamp<int64_t>(seeing.end - row, first, rows))};
+  }
+  // Keys, from the block's first, that any of its rows [begin, begin + count) sees.
+  Steps keys_seen(const AttentionParams& p, int begin, int count) const {
+    const KeyRange seen = visible(p, s, row + begin, count);
+    const int first = static_cast<int>(std::clamp<int64_t>(seen.begin - key, 0, keys));
+    return {first, static_cast<int>(std::clamp<int64_t>(seen.end - key, first, keys))};
+  }
+};
+
+// c (rows x keys) = A B^T with B's keys as columns; where the mask cuts the block, only what a panel's rows see.
+template <class M>
+void multiply_by_columns(const AttentionParams& p, const Block& block, const typename M::In* a, int ld_a,
+                         const typename M::In* panels, int dim, typename M::Out* c, int ld_c) {
+  using In = typename M::In;
+  const int depth = div_up(dim, M::kPair), cols = round_up_lanes<In>(block.keys);
+  const int step = block.whole ? cols : kPanel<In>;
+  for (int j = 0; j < cols; j += step) {
+    const Steps rows = block.whole ? Steps{0, block.rows} : block.rows_seeing(p, j, std::min(step, block.keys - j));
+    gemm<M, Accumulate::kOverwrite>({a + int64_t{rows.begin} * ld_a, ld_a, 1}, panels + int64_t{j} * depth, depth,
+                                    {0, depth}, c + int64_t{rows.begin} * ld_c + j, ld_c, rows.end - rows.begin,
+                                    std::min(step, cols - j));
+  }
 }
 
-// K and V of a block, in both orientations.
-template <class T>
-void load_block(const AttentionParams& p, const Plan<T>& plan, const Sequence& s, int64_t key, int keys,
-                const Buffers<T>& b) {
-  const int padded = round_up_lanes<T>(keys);
-  load_keys_transposed(p, false, s, key, keys, b.keys, plan.ld_dim, b.keys_t, padded);
-  load_keys_transposed(p, true, s, key, keys, b.values, plan.ld_dim_v, b.values_t, padded);
+// P and dS of the block, as the operands of the gradients' products.
+template <class M>
+void differentiate(const AttentionParams& p, const Plan<M>& plan, const Block& block, const typename M::Out* delta,
+                   const Buffers<M>& b) {
+  using Out = typename M::Out;
+  multiply_by_columns<M>(p, block, b.q, plan.ld_q, b.keys_t, p.head_dim, b.weights, plan.ld_scores);
+  multiply_by_columns<M>(p, block, b.dout, plan.ld_dout, b.values_t, p.head_dim_v, b.dscores, plan.ld_scores);
+  const int padded = round_up_lanes<Out>(block.keys), ld = plan.ld_scores;
+  const Out scale = M::kPair == 2 ? static_cast<Out>(p.softmax_scale) : Out{1};  // widened queries hold it already
+  for (int r = 0; r < block.rows; ++r) {
+    const Columns columns = visible_columns(p, block.s, block.row + r, block.key, block.keys);
+    differentiate_row(p, block.s, block.row + r, block.key, columns, padded, scale, delta, b.weights + int64_t{r} * ld,
+                      b.dscores + int64_t{r} * ld);
+  }
+  if constexpr (M::kPair == 2) {
+    // An odd last row is paired with zeros.
+    Out* const past[] = {b.weights + int64_t{block.rows} * ld, b.dscores + int64_t{block.rows} * ld};
+    if (block.rows % 2 != 0) {
+      for (Out* row : past) std::fill(row, row + padded, Out{0});
+    }
+    for (int r = 0; r < block.rows; r += 2) {
+      for (int c = 0; c < padded; c += kLanes<Out>) {
+        const int64_t at = int64_t{r} * ld + c;
+        store(b.weights_t + r / 2 * ld + c, pair_up(load(b.weights + at), load(b.weights + at + ld)));
+        store(b.dscores_t + r / 2 * ld + c, pair_up(load(b.dscores + at), load(b.dscores + at + ld)));
+      }
+    }
+    for (int r = 0; r < block.rows; ++r) {
+      for (int c = 0; c < padded; c += kLanes<Out>) {
+        store_weights(b.dscores_row + (int64_t{r} * ld + c) / 2, load(b.dscores + int64_t{r} * ld + c));
+      }
+    }
+  }
+}
+
+// out (keys x cols) += A^T B: A's pairs of rows lie in steps of ld, B's rows are steps of panels.
+template <class M>
+void add_over_rows(const AttentionParams& p, const Block& block, const typename M::In* a, int ld,
+                   typename M::In* panels, typename M::Out* out, int cols) {
+  const int depth = div_up(block.rows, M::kPair);
+  if (block.whole) {
+    gemm<M, Accumulate::kAdd>({a, 1, ld}, panels, depth, {0, depth}, out, cols, block.keys, cols);
+  } else {
+    gemm_masked<M, Accumulate::kAdd>({a, 1, ld}, panels, block.rows, all_finite(panels, int64_t{depth} * cols), out,
+                                     cols, block.keys, cols,
+                                     [&](int j, int count) { return block.rows_seeing(p, j, count); });
+  }
+}
+
+// dq (rows x head_dim) += dS K.
+template <class M>
+void add_query_gradient(const AttentionParams& p, const Plan<M>& plan, const Block& block, const Buffers<M>& b,
+                        typename M::Out* dq) {
+  const int depth = div_up(block.keys, M::kPair), ld = plan.ld_dim;
+  const MatrixA<typename M::In> dscores{b.dscores_row, plan.ld_scores / M::kPair, 1};
+  if (block.whole) {
+    gemm<M, Accumulate::kAdd>(dscores, b.keys, depth, {0, depth}, dq, ld, block.rows, ld);
+  } else {
+    gemm_masked<M, Accumulate::kAdd>(dscores, b.keys, block.keys, all_finite(b.keys, int64_t{depth} * ld), dq, ld,
+                                     block.rows, ld, [&](int r, int count) { return block.keys_seen(p, r, count); });
+  }
+}
+
+template <class M>
+void load_rows_of(const AttentionGradParams& g, const Plan<M>& plan, const Sequence& s, int64_t row, int rows,
+                  const Buffers<M>& b) {
+  const AttentionParams& p = g.forward;
+  using Out = typename M::Out;
+  load_query_tile<M>(p.q, p.type, s, row, rows, p.head_dim, static_cast<Out>(p.softmax_scale), b.q, plan.ld_q);
+  load_query_tile<M>(g.dout, p.type, s, row, rows, p.head_dim_v, Out{1}, b.dout, plan.ld_dout);
+}
+
+// K and V of a block as the products of the scores and of dQ want them.
+template <class M>
+void load_block(const AttentionParams& p, const Sequence& s, int64_t key, int keys, const Buffers<M>& b) {
+  pack_keys_as_columns<M>(p, false, s, key, keys, b.keys_t);
+  pack_keys_as_columns<M>(p, true, s, key, keys, b.values_t);
+  pack_keys_as_rows<M>(p, false, s, key, keys, b.keys);
 }
 
 void* element(void* data, DType type, int64_t index) {
   return static_cast<char*>(data) + index * static_cast<int64_t>(size_of(type));
 }
 
-// dQ of rows [row, row + rows) from their sums over dS K.
+// One row of a gradient from its sums, times scale. + 0 makes -0 into 0: a sum that underflowed has the sign of its
+// last term, which the mask may have left out.
 template <class T>
-void store_query_gradient(const AttentionGradParams& g, const Plan<T>& plan, const Sequence& s, int64_t row,
-                          int64_t rows, T* grad) {
+void store_gradient(T* sums, int ld, T scale, int cols, void* data, DType type, int64_t index) {
+  for (int c = 0; c < ld; c += kLanes<T>) store(sums + c, load(sums + c) * scale + T{0});
+  store_row(sums, cols, element(data, type, index), type);
+}
+
+// dQ of rows [row, row + rows) from their sums over dS K.
+template <class M>
+void store_query_gradient(const AttentionGradParams& g, const Plan<M>& plan, const Sequence& s, int64_t row,
+                          int64_t rows, typename M::Out* grad) {
   const AttentionParams& p = g.forward;
-  const T scale = static_cast<T>(p.softmax_scale);
   for (int64_t r = 0; r < rows; ++r) {
-    T* sums = grad + r * plan.ld_dim;
-    for (int c = 0; c < plan.ld_dim; c += kLanes<T>) store(sums + c, load(sums + c) * scale);
     const int64_t at = s.q_begin + s.position(row + r);
     const int64_t token = p.cu_seqlens_q == nullptr ? s.batch * p.seq_q + at : at;
     const int64_t index = (token * p.heads + s.head(row + r)) * p.head_dim;
-    store_row(sums, p.head_dim, element(g.dq, p.type, index), p.type);
+    store_gradient(grad + r * plan.ld_dim, plan.ld_dim, static_cast<typename M::Out>(p.softmax_scale), p.head_dim, g.dq,
+                   p.type, index);
   }
 }
 
-template <class T>
-void query_gradient(const AttentionGradParams& g, const Plan<T>& plan, const Item& item, const T* delta,
-                    const Buffers<T>& b) {
+template <class M>
+void query_gradient(const AttentionGradParams& g, const Plan<M>& plan, const Item& item, const typename M::Out* delta,
+                    const Buffers<M>& b) {
   const AttentionParams& p = g.forward;
   const Sequence& s = item.sequence;
   load_rows_of(g, plan, s, item.begin, item.count, b);
-  std::fill(b.grad, b.grad + int64_t{item.count} * plan.ld_dim, T{0});
+  std::fill(b.grad, b.grad + int64_t{item.count} * plan.ld_dim, typename M::Out{0});
   const KeyRange range = visible(p, s, item.begin, item.count);
   for (int64_t key = range.begin / plan.tile.keys * plan.tile.keys; key < range.end; key += plan.tile.keys) {
     const int keys = static_cast<int>(std::min<int64_t>(plan.tile.keys, s.k_len - key));
-    load_block(p, plan, s, key, keys, b);
-    differentiate(p, plan, s, item.begin, item.count, key, keys, delta, b);
-    gemm<T, Accumulate::kAdd>({b.dscores, round_up_lanes<T>(keys), 1}, b.keys, plan.ld_dim, b.grad, plan.ld_dim,
-                              item.count, plan.ld_dim, keys);
+    load_block<M>(p, s, key, keys, b);
+    const Block block(p, s, item.begin, item.count, key, keys);
+    differentiate(p, plan, block, delta, b);
+    add_query_gradient(p, plan, block, b, b.grad);
   }
   store_query_gradient(g, plan, s, item.begin, item.count, b.grad);
 }
 
 // dK and dV of a block of keys; with dq, [rows of the sequence][ld_dim], also adds the block's share of dQ to it.
-template <class T>
-void key_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Item& item, const T* delta,
-                   const Buffers<T>& b, T* dq = nullptr) {
+template <class M>
+void key_gradients(const AttentionGradParams& g, const Plan<M>& plan, const Item& item, const typename M::Out* delta,
+                   const Buffers<M>& b, typename M::Out* dq = nullptr) {
+  using Out = typename M::Out;
   const AttentionParams& p = g.forward;
   const Sequence& s = item.sequence;
-  const int padded = round_up_lanes<T>(item.count);
-  load_block(p, plan, s, item.begin, item.count, b);
-  std::fill(b.grad, b.grad + int64_t{item.count} * plan.ld_dim, T{0});
-  std::fill(b.grad_v, b.grad_v + int64_t{item.count} * plan.ld_dim_v, T{0});
+  load_block<M>(p, s, item.begin, item.count, b);
+  std::fill(b.grad, b.grad + int64_t{item.count} * plan.ld_dim, Out{0});
+  std::fill(b.grad_v, b.grad_v + int64_t{item.count} * plan.ld_dim_v, Out{0});
   const RowRange seeing = seeing_rows(p, s, item.begin, item.count);
   for (int64_t row = seeing.begin; row < seeing.end; row += plan.tile.rows) {
     const int rows = static_cast<int>(std::min<int64_t>(plan.tile.rows, seeing.end - row));
     load_rows_of(g, plan, s, row, rows, b);
-    differentiate(p, plan, s, row, rows, item.begin, item.count, delta, b);
-    gemm<T, Accumulate::kAdd>({b.weights, 1, padded}, b.dout, plan.ld_dim_v, b.grad_v, plan.ld_dim_v, item.count,
-                              plan.ld_dim_v, rows);
-    gemm<T, Accumulate::kAdd>({b.dscores, 1, padded}, b.q, plan.ld_dim, b.grad, plan.ld_dim, item.count, plan.ld_dim,
-                              rows);
-    if (dq != nullptr) {
-      gemm<T, Accumulate::kAdd>({b.dscores, padded, 1}, b.keys, plan.ld_dim, dq + row * plan.ld_dim, plan.ld_dim, rows,
-                                plan.ld_dim, item.count);
-    }
+    pack_query_rows<M>(p.q, p.type, s, row, rows, p.head_dim, b.q_panels);
+    pack_query_rows<M>(g.dout, p.type, s, row, rows, p.head_dim_v, b.dout_panels);
+    const Block block(p, s, row, rows, item.begin, item.count);
+    differentiate(p, plan, block, delta, b);
+    add_over_rows<M>(p, block, b.weights_t, plan.ld_scores, b.dout_panels, b.grad_v, plan.ld_dim_v);
+    add_over_rows<M>(p, block, b.dscores_t, plan.ld_scores, b.q_panels, b.grad, plan.ld_dim);
+    if (dq != nullptr) add_query_gradient(p, plan, block, b, dq + row * plan.ld_dim);
   }
   for (int r = 0; r < item.count; ++r) {
     const int64_t at = s.k_begin + item.begin + r;
     const int64_t token = (p.cu_seqlens_k == nullptr ? s.batch * p.seq_k + at : at) * p.kv_heads + s.kv_head;
-    store_row(b.grad + int64_t{r} * plan.ld_dim, p.head_dim, element(g.dk, p.type, token * p.head_dim), p.type);
-    store_row(b.grad_v + int64_t{r} * plan.ld_dim_v, p.head_dim_v, element(g.dv, p.type, token * p.head_dim_v), p.type);
+    store_gradient(b.grad + int64_t{r} * plan.ld_dim, plan.ld_dim, static_cast<Out>(p.softmax_scale), p.head_dim, g.dk,
+                   p.type, token * p.head_dim);
+    store_gradient(b.grad_v + int64_t{r} * plan.ld_dim_v, plan.ld_dim_v, Out{1}, p.head_dim_v, g.dv, p.type,
+                   token * p.head_dim_v);
   }
 }
 
 // All gradients of one kv head of one sequence, keys in order; dq has room for its rows.
-template <class T>
-void head_gradients(const AttentionGradParams& g, const Plan<T>& plan, const Sequence& s, const T* delta,
-                    const Buffers<T>& b, T* dq) {
-  std::fill(dq, dq + s.rows() * plan.ld_dim, T{0});
+template <class M>
+void head_gradients(const AttentionGradParams& g, const Plan<M>& plan, const Sequence& s, const typename M::Out* delta,
+                    const Buffers<M>& b, typename M::Out* dq) {
+  std::fill(dq, dq + s.rows() * plan.ld_dim, typename M::Out{0});
   for (int64_t key = 0; key < s.k_len; key += plan.tile.keys) {
     const int count = static_cast<int>(std::min<int64_t>(plan.tile.keys, s.k_len - key));
     key_gradients(g, plan, {s, key, count, 0}, delta, b, dq);
@@ -253,19 +367,19 @@ std::vector<Item> list_items(const AttentionParams& p, int size, bool keys) {
   return items;
 }
 
-// delta_i = dO_i . O_i - dlse_i, shaped as lse.
+// delta_i = dO_i . O_i - dlse_i, shaped as lse; `rows` holds two rows of ld.
 template <class T>
-void row_deltas(const AttentionGradParams& g, const Plan<T>& plan, const Item& item, T* delta, const Buffers<T>& b) {
+void row_deltas(const AttentionGradParams& g, const Item& item, int ld, T* delta, T* rows) {
   const AttentionParams& p = g.forward;
   const Sequence& s = item.sequence;
   const int64_t dense_batch = p.cu_seqlens_q == nullptr ? p.seq_q * p.heads * p.head_dim_v : 0;
   const Strided out{p.out, dense_batch, p.heads * p.head_dim_v, p.head_dim_v, 1};
-  const int ld = plan.ld_dim_v;
-  load_query_tile(out, p.type, s, item.begin, item.count, p.head_dim_v, T{1}, b.values, ld);
-  load_query_tile(g.dout, p.type, s, item.begin, item.count, p.head_dim_v, T{1}, b.dout, ld);
+  std::fill(rows, rows + 2 * ld, T{0});
   for (int r = 0; r < item.count; ++r) {
+    load_query_tile<Widened<T>>(out, p.type, s, item.begin + r, 1, p.head_dim_v, T{1}, rows, ld);
+    load_query_tile<Widened<T>>(g.dout, p.type, s, item.begin + r, 1, p.head_dim_v, T{1}, rows + ld, ld);
     Vec<T> sum{};
-    for (int c = 0; c < ld; c += kLanes<T>) sum += load(b.values + r * ld + c) * load(b.dout + r * ld + c);
+    for (int c = 0; c < ld; c += kLanes<T>) sum += load(rows + c) * load(rows + ld + c);
     const int64_t at = lse_index(p, s, item.begin + r);
     delta[at] = reduce_add<T>(sum) - (g.dlse == nullptr ? T{0} : static_cast<const T*>(g.dlse)[at]);
   }
@@ -288,51 +402,63 @@ T sink_gradient(const AttentionParams& p, int64_t head, const T* delta) {
   return static_cast<T>(gradient);
 }
 
-template <class T>
+// Whether one pass over the keys suits: heads enough for the workers, and their dQ in float no more than all of dQ.
+bool in_one_pass(const AttentionParams& p, int workers, int64_t longest) {
+  const int64_t heads = p.batch * p.kv_heads;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < heads; ++i) rows += sequence_of(p, i / p.kv_heads, i % p.kv_heads).rows();
+  const bool balanced = heads >= 4 * workers || heads % workers == 0;
+  return balanced && longest * std::min<int64_t>(workers, heads) <= rows;
+}
+
+template <class M>
 void run(const AttentionGradParams& g, Executor& executor) {
+  using Out = typename M::Out;
   const AttentionParams& p = g.forward;
-  const Plan<T> plan(p);
-  const Scratch<T> scratch(plan.scratch(p), executor.workers());
+  const Plan<M> plan(p);
+  const Scratch scratch(plan.scratch(p), executor.workers());
   const int64_t lse_elements = p.cu_seqlens_q == nullptr ? p.batch * p.heads * p.seq_q : p.heads * p.seq_q;
-  const Scratch<T> deltas(lse_elements, 1);
-  T* delta = deltas.of(0);
+  const Scratch deltas(bytes_of<Out>(lse_elements), 1);
+  Out* delta = deltas.of<Out>(0);
   const auto for_each = [&](const std::vector<Item>& items, const auto& fn) {
     executor.run(static_cast<int64_t>(items.size()), [&](int64_t i, int worker) {
-      Arena<T> arena(scratch.of(worker));
+      Arena arena(scratch.of(worker));
       fn(items[i], plan.lay_out(p, arena));
     });
   };
-  // The rows' outputs share the buffer of a block's values.
-  const std::vector<Item> rows = list_items(p, std::min(plan.tile.rows, plan.tile.keys), false);
-  for_each(rows, [&](const Item& item, const Buffers<T>& b) { row_deltas(g, plan, item, delta, b); });
+  const std::vector<Item> rows = list_items(p, plan.tile.rows, false);
+  for_each(rows, [&](const Item& item, const Buffers<M>& b) { row_deltas(g, item, plan.ld_dim_v, delta, b.grad_v); });
   const int64_t heads = p.batch * p.kv_heads;
   int64_t longest = 0;
-  for (int64_t i = 0; i < heads; ++i)
+  for (int64_t i = 0; i < heads; ++i) {
     longest = std::max(longest, sequence_of(p, i / p.kv_heads, i % p.kv_heads).rows());
-  const int64_t dq_elements = longest * plan.ld_dim;
-  const bool balanced = heads >= 4 * executor.workers() || heads % executor.workers() == 0;
-  if (balanced && dq_elements * static_cast<int64_t>(sizeof(T)) <= kMostQueryGradientBytes) {
-    const Scratch<T> dq(dq_elements, executor.workers());
+  }
+  if (in_one_pass(p, executor.workers(), longest)) {
+    const Scratch dq(bytes_of<Out>(longest * plan.ld_dim), executor.workers());
     executor.run(heads, [&](int64_t i, int worker) {
-      Arena<T> arena(scratch.of(worker));
+      Arena arena(scratch.of(worker));
       head_gradients(g, plan, sequence_of(p, i / p.kv_heads, i % p.kv_heads), delta, plan.lay_out(p, arena),
-                     dq.of(worker));
+                     dq.of<Out>(worker));
     });
   } else {
-    for_each(rows, [&](const Item& item, const Buffers<T>& b) { query_gradient(g, plan, item, delta, b); });
+    for_each(rows, [&](const Item& item, const Buffers<M>& b) { query_gradient(g, plan, item, delta, b); });
     for_each(list_items(p, plan.tile.keys, true),
-             [&](const Item& item, const Buffers<T>& b) { key_gradients(g, plan, item, delta, b); });
+             [&](const Item& item, const Buffers<M>& b) { key_gradients(g, plan, item, delta, b); });
   }
   if (g.dsinks != nullptr) {
-    executor.run(p.heads, [&](int64_t head, int) { static_cast<T*>(g.dsinks)[head] = sink_gradient(p, head, delta); });
+    executor.run(p.heads,
+                 [&](int64_t head, int) { static_cast<Out*>(g.dsinks)[head] = sink_gradient(p, head, delta); });
   }
 }
 
 }  // namespace
 
 void attention_backward(const AttentionGradParams& g, Executor& executor) {
-  if (g.forward.type == DType::kFloat64) return run<double>(g, executor);
-  return run<float>(g, executor);
+  if (g.forward.type == DType::kFloat64) return run<Widened<double>>(g, executor);
+  if constexpr (kHasBF16Pairs) {
+    if (in_bfloat16(g.forward)) return run<BF16Pairs>(g, executor);
+  }
+  return run<Widened<float>>(g, executor);
 }
 
 }  // namespace lcore::cpu::LCORE_ISA

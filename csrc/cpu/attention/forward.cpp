@@ -1,79 +1,108 @@
 // Attention forward: out_i = sum_j softmax_j(score(q_i, k_j)) v_j over the keys j that i may see, lse_i = ln sum_j
 // exp(score). Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention, Algorithm 1).
-// Blocking: a work item is a tile of query rows of one kv head (all heads of its group); it walks over blocks of keys,
-// each widened once into L2 and shared by all rows. The surprising idea: keys are reduced in spans cut at absolute
-// multiples of kSpan, each from a fresh state, and merged in order. A tile may do its spans one after another or leave
-// them to several workers; the bits are the same, for one token as for a whole prompt.
+// Blocking: a work item is up to 2048 query rows of one kv head (all heads of its group); it walks over blocks of keys,
+// each packed once into L2 and used by the item's tiles of 96 rows in turn. The surprising idea: keys are reduced in
+// spans cut at absolute multiples of kSpan, each from a fresh state, and merged in order. An item may do its spans one
+// after another or leave them to several workers; the bits are the same, for one token as for a whole prompt.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "core/executor.h"
-#include "cpu/attention/scores.h"
+#include "cpu/attention/few_rows.h"
+#include "cpu/attention/operands.h"
+#include "cpu/attention/softmax.h"
 #include "cpu/attention/tile.h"
-#include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/masked_gemm.h"
 #include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
 
-// out = sum exp(score - max) v, not yet divided by sum. (-inf, 0, 0) is neutral.
-template <class T>
-struct State {
-  T* max;  // [rows]
-  T* sum;  // [rows]
-  T* out;  // [rows][ld]
-};
-
-template <class T>
+template <class M>
 struct Buffers {
-  T* q;        // [rows][ld_dim]
-  T* keys;     // [head_dim][tile.keys]
-  T* values;   // [tile.keys][ld_dim_v]
-  T* staging;  // [tile.keys][ld_dim]
-  T* scores;   // [rows][tile.keys]
-  T* rescale;  // [rows]
-  State<T> total;
+  using T = typename M::Out;
+  typename M::In* q;        // [rows][ld_q]
+  typename M::In* keys;     // panels of the block, or of some of its keys
+  typename M::In* values;   // panels of the block
+  T* scores;                // [tile.rows][ld_scores]
+  typename M::In* weights;  // [tile.rows][ld_scores / kPair]: the scores' own memory where M widens
+  T* new_max;               // [tile.rows]
+  T* rescale;               // [tile.rows]
+  State<T> total;           // of all rows
   State<T> span;
 };
 
-template <class T>
+template <class M>
 struct Plan {
+  using T = typename M::Out;
+  using In = typename M::In;
   TileSize tile;
-  int ld_dim;
+  int rows;  // of an item
+  int ld_q;
   int ld_dim_v;
+  int ld_scores;
 
-  explicit Plan(const AttentionParams& p)
+  Plan(const AttentionParams& p, int workers)
       : tile(forward_tile(std::max(p.head_dim, p.head_dim_v))),
-        ld_dim(round_up_lanes<T>(p.head_dim)),
-        ld_dim_v(round_up_lanes<T>(p.head_dim_v)) {}
+        ld_q(round_up_lanes<In>(div_up(p.head_dim, M::kPair))),
+        ld_dim_v(round_up_lanes<T>(p.head_dim_v)) {
+    int64_t longest = 0, longest_keys = 0, all = 0;
+    for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
+      const Sequence s = sequence_of(p, i / p.kv_heads, i % p.kv_heads);
+      longest = std::max(longest, s.rows());
+      longest_keys = std::max(longest_keys, s.k_len);
+      all += s.rows();
+    }
+    // Eight items a worker balance well; more rows an item pack less; no item needs more than the longest sequence.
+    const int64_t bytes = bytes_of<T>(ld_q + 2 * ld_dim_v);
+    const int64_t most = std::min<int64_t>(kMostItemRows, kMostScratchBytes / workers / bytes);
+    const int64_t balanced = std::clamp<int64_t>(all / (8 * workers), tile.rows, std::max<int64_t>(most, tile.rows));
+    rows = static_cast<int>(std::min(longest, (balanced + tile.rows - 1) / tile.rows * tile.rows));
+    tile.rows = std::min(tile.rows, rows);
+    ld_scores = odd_lines<T>(static_cast<int>(std::min<int64_t>(tile.keys, longest_keys)));
+  }
+
+  bool few_rows() const { return rows <= kTileRows; }  // few_rows.h
+
+  MatrixA<In> queries(const Buffers<M>& b, int first) const { return {b.q + int64_t{first} * ld_q, ld_q, 1}; }
+  MatrixA<In> weights(const Buffers<M>& b) const { return {b.weights, ld_scores / M::kPair, 1}; }
 
   // Lays the buffers out from base; used() of the arena is what they need.
-  Buffers<T> lay_out(const AttentionParams& p, Arena<T>& arena) const {
-    const int64_t rows = tile.rows, keys = tile.keys;
-    const auto state = [&] { return State<T>{arena.take(rows), arena.take(rows), arena.take(rows * ld_dim_v)}; };
-    Buffers<T> b{};
-    b.q = arena.take(rows * ld_dim);
-    b.keys = arena.take(p.head_dim * keys);
-    b.values = arena.take(keys * ld_dim_v);
-    b.staging = arena.take(keys * ld_dim);
-    b.scores = arena.take(rows * keys);
-    b.rescale = arena.take(rows);
+  Buffers<M> lay_out(const AttentionParams& p, Arena& arena) const {
+    const int64_t padded = round_up_lanes<T>(rows);
+    const auto state = [&] {
+      return State<T>{arena.take<T>(padded), arena.take<T>(padded), arena.take<T>(int64_t{rows} * ld_dim_v)};
+    };
+    Buffers<M> b{};
+    b.q = arena.take<In>(int64_t{rows} * ld_q);
+    b.keys = arena.take<In>(int64_t{div_up(p.head_dim, M::kPair)} * (few_rows() ? kFewKeys<In> : tile.keys));
+    b.values = arena.take<In>(int64_t{ld_dim_v} * tile.keys / M::kPair);
+    b.scores = arena.take<T>(int64_t{tile.rows} * ld_scores);
+    if constexpr (M::kPair == 1) {
+      b.weights = b.scores;
+    } else {
+      b.weights = arena.take<In>(int64_t{tile.rows} * ld_scores / M::kPair);
+    }
+    b.new_max = arena.take<T>(padded);
+    b.rescale = arena.take<T>(padded);
     b.total = state();
     b.span = state();
     return b;
   }
   int64_t scratch(const AttentionParams& p) const {
-    Arena<T> measure(nullptr);
+    Arena measure(nullptr);
     lay_out(p, measure);
     return measure.used();
   }
   // Elements of one span's partial state in the split schedule.
-  int64_t partial() const { return int64_t{tile.rows} * (2 + ld_dim_v); }
+  int64_t partial() const { return 2 * round_up_lanes<T>(rows) + int64_t{rows} * ld_dim_v; }
 };
 
-struct Tile {
+// Query rows of one kv head, and the keys that any of them sees.
+struct Item {
   Sequence sequence;
   int64_t row;
   int rows;
@@ -81,100 +110,153 @@ struct Tile {
   int64_t spans() const { return keys.begin >= keys.end ? 0 : (keys.end - 1) / kSpan - keys.begin / kSpan + 1; }
 };
 
-template <class T>
-void clear(const State<T>& state, int rows, int ld) {
-  std::fill(state.max, state.max + rows, -kInfinity<T>);
-  std::fill(state.sum, state.sum + rows, T{0});
-  std::fill(state.out, state.out + int64_t{rows} * ld, T{0});
-}
+// The rows of an item's tile that see any of a block of keys.
+struct Block {
+  const Item* item;
+  int first;  // row of the item
+  int rows;
+  int64_t key;
+  int keys;
+  bool whole;  // every row sees every key
 
-// One row of scores becomes probabilities in place; returns the factor for what was summed before.
-template <class T>
-T softmax_row(Columns columns, int keys_padded, T* scores, T& max_seen, T& sum) {
-  const Columns span = vector_span<T>(columns);
-  Vec<T> best = splat(-kInfinity<T>);
-  for (int c = span.begin; c < span.end; c += kLanes<T>) best = max<T>(load(scores + c), best);
-  const T new_max = std::max(max_seen, reduce_max<T>(best));
-  // A row whose every score is -inf keeps its neutral state: subtracting 0 makes each weight exp(-inf) = 0.
-  const T reference = new_max == -kInfinity<T> ? T{0} : new_max;
-  Vec<T> total{};
-  for (int c = span.begin; c < span.end; c += kLanes<T>) {
-    const Vec<T> weight = exp(load(scores + c) - reference);
-    store(scores + c, weight);
-    total += weight;
+  Block(const AttentionParams& p, const Item& of, int tile_first, int tile_rows, int64_t first_key, int key_count)
+      : item(&of), first(tile_first), rows(tile_rows), key(first_key), keys(key_count) {
+    const Sequence& s = of.sequence;
+    const Steps seeing = rows_seeing(p, 0, keys);
+    first += seeing.begin;
+    rows = seeing.end - seeing.begin;
+    whole = rows > 0 && visible(p, s, s.position(row())).end >= key + keys &&
+            visible(p, s, s.position(row() + rows - 1)).begin <= key;
   }
-  std::fill(scores, scores + span.begin, T{0});
-  std::fill(scores + span.end, scores + keys_padded, T{0});
-  const T rescale = exp(splat(max_seen - reference))[0];
-  sum = sum * rescale + reduce_add<T>(total);
-  max_seen = new_max;
-  return rescale;
+
+  int64_t row() const { return item->row + first; }
+
+  // Rows, from the block's first, that may see any of its keys [begin, begin + count).
+  Steps rows_seeing(const AttentionParams& p, int begin, int count) const {
+    const RowRange seeing = seeing_rows(p, item->sequence, key + begin, count);
+    const int from = static_cast<int>(std::clamp<int64_t>(seeing.begin - row(), 0, rows));
+    return {from, static_cast<int>(std::clamp<int64_t>(seeing.end - row(), from, rows))};
+  }
+  // Keys, from the block's first, that any of its rows [begin, begin + count) sees.
+  Steps keys_seen(const AttentionParams& p, int begin, int count) const {
+    const KeyRange seen = visible(p, item->sequence, row() + begin, count);
+    const int from = static_cast<int>(std::clamp<int64_t>(seen.begin - key, 0, keys));
+    return {from, static_cast<int>(std::clamp<int64_t>(seen.end - key, from, keys))};
+  }
+};
+
+// Scores of the block's rows against its keys, whose panels b.keys holds; where the mask cuts the block, each panel
+// only for the rows that see any of it.
+template <class M>
+void multiply_keys(const AttentionParams& p, const Plan<M>& plan, const Block& block, const Buffers<M>& b) {
+  using In = typename M::In;
+  const int depth = div_up(p.head_dim, M::kPair);
+  const int cols = round_up_lanes<In>(block.keys);
+  const int step = block.whole ? cols : kPanel<In>;
+  for (int c = 0; c < cols; c += step) {
+    const Steps rows = block.whole ? Steps{0, block.rows} : block.rows_seeing(p, c, std::min(step, block.keys - c));
+    gemm<M, Accumulate::kOverwrite>(plan.queries(b, block.first + rows.begin), b.keys + int64_t{c} * depth, depth,
+                                    {0, depth}, b.scores + int64_t{rows.begin} * plan.ld_scores + c, plan.ld_scores,
+                                    rows.end - rows.begin, std::min(step, cols - c));
+  }
 }
 
-// Adds keys [range.begin, range.end), all in one span, to b.span.
-template <class T>
-void reduce_span(const AttentionParams& p, const Plan<T>& plan, const Tile& tile, KeyRange range, const Buffers<T>& b) {
-  const Sequence& s = tile.sequence;
+// The block's scores become weights; b.span's max and sum move on, b.rescale holds what its out is worth.
+template <class M>
+void weigh(const AttentionParams& p, const Plan<M>& plan, const Block& block, const Buffers<M>& b) {
+  using T = typename M::Out;
+  const Sequence& s = block.item->sequence;
+  const T scale = M::kPair == 2 ? static_cast<T>(p.softmax_scale) : T{1};  // widened queries hold it already
+  const bool plain = block.whole && scale == T{1} && p.softcap == 0 && p.alibi_slopes == nullptr;
+  const State<T> state = b.span.at(block.first, plan.ld_dim_v);
+  const auto columns_of = [&](int r) {
+    return block.whole ? Columns{0, block.keys} : visible_columns(p, s, block.row() + r, block.key, block.keys);
+  };
+  for (int r = 0; r < block.rows; ++r) {
+    T* scores = b.scores + int64_t{r} * plan.ld_scores;
+    const Columns columns = columns_of(r);
+    if (!plain || columns.end % kLanes<T> != 0) {
+      finish_scores(p, s, block.row() + r, block.key, columns, scale, scores);
+    }
+    b.new_max[r] = row_max(vector_span<T>(columns), scores, state.max[r]);
+  }
+  update_max(block.rows, state.max, b.new_max, b.rescale);
+  const Steps all{0, div_up(block.keys, M::kPair)};
+  for (int r = 0; r < block.rows; ++r) {
+    T* scores = b.scores + int64_t{r} * plan.ld_scores;
+    const T sum =
+        weigh_row<M>(columns_of(r), all, state.max[r], scores, b.weights + int64_t{r} * plan.ld_scores / M::kPair);
+    state.sum[r] = state.sum[r] * b.rescale[r] + sum;
+  }
+}
+
+// out <- rescale out + weights V with b.values, whose numbers are all finite or not.
+template <class M>
+void multiply_values(const AttentionParams& p, const Plan<M>& plan, const Block& block, bool finite,
+                     const Buffers<M>& b) {
+  typename M::Out* out = b.span.at(block.first, plan.ld_dim_v).out;
+  const int ld = plan.ld_dim_v;
+  if (block.whole) {
+    const int depth = div_up(block.keys, M::kPair);
+    gemm<M, Accumulate::kScaleAndAdd>(plan.weights(b), b.values, depth, {0, depth}, out, ld, block.rows, ld, b.rescale);
+  } else {
+    gemm_masked<M, Accumulate::kScaleAndAdd>(
+        plan.weights(b), b.values, block.keys, finite, out, ld, block.rows, ld,
+        [&](int r, int count) { return block.keys_seen(p, r, count); }, b.rescale);
+  }
+}
+
+// Adds the block of keys [key, key + keys) to b.span.
+template <class M>
+void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& item, int64_t key, int keys,
+                  const Buffers<M>& b) {
+  const Sequence& s = item.sequence;
+  const int64_t values = int64_t{div_up(keys, M::kPair)} * plan.ld_dim_v;
+  if (plan.few_rows()) {
+    const Block block(p, item, 0, item.rows, key, keys);
+    if (block.rows == 0) return;
+    const FewRows<M> few{p, s, key, keys, plan.tile.keys, block.rows};
+    few.multiply_keys(plan.queries(b, block.first), b.keys, b.scores, plan.ld_scores);
+    weigh(p, plan, block, b);
+    if (block.whole && values_in_place<M>(p, keys)) {
+      return few.multiply_values(plan.weights(b), b.rescale, b.span.at(block.first, plan.ld_dim_v).out, plan.ld_dim_v);
+    }
+    pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
+    return multiply_values(p, plan, block, block.whole || all_finite(b.values, values), b);
+  }
+  pack_keys_as_columns<M>(p, false, s, key, keys, b.keys);
+  pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
+  std::optional<bool> finite;  // asked for where the mask cuts the block
+  for (int first = 0; first < item.rows; first += plan.tile.rows) {
+    const Block block(p, item, first, std::min(plan.tile.rows, item.rows - first), key, keys);
+    if (block.rows == 0) continue;
+    if (!block.whole && !finite.has_value()) finite = all_finite(b.values, values);
+    multiply_keys(p, plan, block, b);
+    weigh(p, plan, block, b);
+    multiply_values(p, plan, block, finite.value_or(true), b);
+  }
+}
+
+// Adds keys [range.begin, range.end), all in one span, to a fresh b.span. Blocks stand at absolute multiples too: the
+// order of a row's sum must not depend on where its item's window begins.
+template <class M>
+void reduce_span(const AttentionParams& p, const Plan<M>& plan, const Item& item, KeyRange range, const Buffers<M>& b) {
+  clear(b.span, item.rows, plan.ld_dim_v);
   const int block = plan.tile.keys;
-  clear(b.span, tile.rows, plan.ld_dim_v);
-  // Blocks stand at absolute multiples too: the order of a row's sum must not depend on where its tile's window begins.
   for (int64_t key = range.begin / block * block; key < range.end; key += block) {
-    const int keys = static_cast<int>(std::min<int64_t>(block, s.k_len - key));
-    const int keys_padded = round_up_lanes<T>(keys);
-    // Rows that see nothing of the block (above the diagonal, left of the window) are left out of both products.
-    const RowRange seeing = seeing_rows(p, s, key, keys);
-    const int first = static_cast<int>(std::clamp<int64_t>(seeing.begin - tile.row, 0, tile.rows));
-    const int last = static_cast<int>(std::clamp<int64_t>(seeing.end - tile.row, first, tile.rows));
-    if (first == last) continue;
-    load_keys_transposed(p, false, s, key, keys, b.staging, plan.ld_dim, b.keys, keys_padded);
-    load_keys(p, true, s, key, keys, b.values, plan.ld_dim_v);
-    T* block_scores = b.scores + int64_t{first} * keys_padded;
-    gemm<T, Accumulate::kOverwrite>({b.q + int64_t{first} * plan.ld_dim, plan.ld_dim, 1}, b.keys, keys_padded,
-                                    block_scores, keys_padded, last - first, keys_padded, p.head_dim);
-    for (int r = first; r < last; ++r) {
-      T* scores = b.scores + int64_t{r} * keys_padded;
-      const Columns columns = visible_columns(p, s, tile.row + r, key, keys);
-      if (columns.empty()) {
-        std::fill(scores, scores + keys_padded, T{0});
-        b.rescale[r] = T{1};
-        continue;
-      }
-      finish_scores(p, s, tile.row + r, key, columns, scores);
-      b.rescale[r] = softmax_row(columns, keys_padded, scores, b.span.max[r], b.span.sum[r]);
-    }
-    gemm<T, Accumulate::kScaleAndAdd>({block_scores, keys_padded, 1}, b.values, plan.ld_dim_v,
-                                      b.span.out + int64_t{first} * plan.ld_dim_v, plan.ld_dim_v, last - first,
-                                      plan.ld_dim_v, keys, b.rescale + first);
-  }
-}
-
-// into <- into + from, in the algebra of states.
-template <class T>
-void merge(const State<T>& into, const State<T>& from, int rows, int ld) {
-  for (int r = 0; r < rows; ++r) {
-    const T both = std::max(into.max[r], from.max[r]);
-    if (both == -kInfinity<T>) {
-      into.sum[r] += from.sum[r];  // nothing on either side, or NaN where every score was
-      continue;
-    }
-    const T keep = exp(splat(into.max[r] - both))[0];
-    const T add = exp(splat(from.max[r] - both))[0];
-    into.max[r] = both;
-    into.sum[r] = into.sum[r] * keep + from.sum[r] * add;
-    for (int c = 0; c < ld; c += kLanes<T>) {
-      T* out = into.out + int64_t{r} * ld + c;
-      store(out, load(out) * keep + load(from.out + int64_t{r} * ld + c) * add);
-    }
+    const int keys = static_cast<int>(std::min<int64_t>(block, item.sequence.k_len - key));
+    reduce_block(p, plan, item, key, keys, b);
   }
 }
 
 // Adds the sinks, divides, and writes out and lse.
-template <class T>
-void finish(const AttentionParams& p, const Plan<T>& plan, const Tile& tile, const State<T>& state) {
-  const Sequence& s = tile.sequence;
-  for (int r = 0; r < tile.rows; ++r) {
-    const int64_t head = s.head(tile.row + r);
-    const int64_t position = s.position(tile.row + r);
+template <class M>
+void finish(const AttentionParams& p, const Plan<M>& plan, const Item& item, const State<typename M::Out>& state) {
+  using T = typename M::Out;
+  const Sequence& s = item.sequence;
+  for (int r = 0; r < item.rows; ++r) {
+    const int64_t head = s.head(item.row + r);
+    const int64_t position = s.position(item.row + r);
     T max = state.max[r], sum = state.sum[r], scale = T{1};
     const T sink = p.sinks == nullptr ? -kInfinity<T> : static_cast<const T*>(p.sinks)[head];
     if (sink > -kInfinity<T>) {
@@ -184,7 +266,8 @@ void finish(const AttentionParams& p, const Plan<T>& plan, const Tile& tile, con
     }
     T* out = state.out + int64_t{r} * plan.ld_dim_v;
     const T factor = sum > T{0} ? scale / sum : (sum == T{0} ? T{0} : sum);
-    for (int c = 0; c < plan.ld_dim_v; c += kLanes<T>) store(out + c, load(out + c) * factor);
+    // + 0 makes -0 into 0: a sum that underflowed has the sign of its last term, which the mask may have left out.
+    for (int c = 0; c < plan.ld_dim_v; c += kLanes<T>) store(out + c, load(out + c) * factor + T{0});
     const int64_t row = s.q_begin + position;
     const int64_t dense_batch = p.cu_seqlens_q == nullptr ? s.batch : 0;
     const int64_t offset = ((dense_batch * p.seq_q + row) * p.heads + head) * p.head_dim_v;
@@ -194,105 +277,107 @@ void finish(const AttentionParams& p, const Plan<T>& plan, const Tile& tile, con
   }
 }
 
-std::vector<Tile> list_tiles(const AttentionParams& p, int tile_rows) {
-  std::vector<Tile> tiles;
+std::vector<Item> list_items(const AttentionParams& p, int item_rows) {
+  std::vector<Item> items;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     for (int64_t head = 0; head < p.kv_heads; ++head) {
       const Sequence s = sequence_of(p, batch, head);
-      for (int64_t row = 0; row < s.rows(); row += tile_rows) {
-        const int rows = static_cast<int>(std::min<int64_t>(tile_rows, s.rows() - row));
-        tiles.push_back({s, row, rows, visible(p, s, row, rows)});
+      for (int64_t row = 0; row < s.rows(); row += item_rows) {
+        const int rows = static_cast<int>(std::min<int64_t>(item_rows, s.rows() - row));
+        items.push_back({s, row, rows, visible(p, s, row, rows)});
       }
     }
   }
   // Longest first, so that the last items to finish are short.
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
     return (a.keys.end - a.keys.begin) * a.rows > (b.keys.end - b.keys.begin) * b.rows;
   });
-  return tiles;
+  return items;
 }
 
-KeyRange span_of(const Tile& tile, int64_t index) {
-  const int64_t first = tile.keys.begin / kSpan + index;
-  return {std::max(tile.keys.begin, first * kSpan), std::min(tile.keys.end, (first + 1) * kSpan)};
+KeyRange span_of(const Item& item, int64_t index) {
+  const int64_t first = item.keys.begin / kSpan + index;
+  return {std::max(item.keys.begin, first * kSpan), std::min(item.keys.end, (first + 1) * kSpan)};
 }
 
-template <class T>
-void load_query(const AttentionParams& p, const Plan<T>& plan, const Tile& tile, const Buffers<T>& b) {
-  load_query_tile(p.q, p.type, tile.sequence, tile.row, tile.rows, p.head_dim, static_cast<T>(p.softmax_scale), b.q,
-                  plan.ld_dim);
+template <class M>
+void load_query(const AttentionParams& p, const Plan<M>& plan, const Item& item, const Buffers<M>& b) {
+  load_query_tile<M>(p.q, p.type, item.sequence, item.row, item.rows, p.head_dim,
+                     static_cast<typename M::Out>(p.softmax_scale), b.q, plan.ld_q);
 }
 
-// Few tiles and long keys (decode): every span of every tile is an item, partial states are merged at the end.
-template <class T>
-void run_split(const AttentionParams& p, const Plan<T>& plan, const std::vector<Tile>& tiles, const Scratch<T>& scratch,
+// Few items and long keys (decode): every span of every item is a piece of work, partial states are merged at the end.
+template <class M>
+void run_split(const AttentionParams& p, const Plan<M>& plan, const std::vector<Item>& items, const Scratch& scratch,
                int64_t total_spans, Executor& executor) {
-  const Scratch<T> partials(plan.partial() * total_spans, 1);
-  struct Item {
-    const Tile* tile;
+  using T = typename M::Out;
+  const Scratch partials(bytes_of<T>(plan.partial() * total_spans), 1);
+  struct Piece {
+    const Item* item;
     int64_t span;
-    T* partial;
+    State<T> state;
   };
-  const auto state_at = [&](T* base) {
-    return State<T>{base, base + plan.tile.rows, base + 2 * int64_t{plan.tile.rows}};
-  };
-  std::vector<Item> items;
-  for (const Tile& tile : tiles) {
-    for (int64_t span = 0; span < tile.spans(); ++span) {
-      items.push_back({&tile, span, partials.of(0) + static_cast<int64_t>(items.size()) * plan.partial()});
+  std::vector<Piece> pieces;
+  for (const Item& item : items) {
+    for (int64_t span = 0; span < item.spans(); ++span) {
+      const int64_t padded = round_up_lanes<T>(plan.rows);
+      T* base = partials.of<T>(0) + static_cast<int64_t>(pieces.size()) * plan.partial();
+      pieces.push_back({&item, span, {base, base + padded, base + 2 * padded}});
     }
+  }
+  executor.run(static_cast<int64_t>(pieces.size()), [&](int64_t i, int worker) {
+    Arena arena(scratch.of(worker));
+    Buffers<M> b = plan.lay_out(p, arena);
+    b.span = pieces[i].state;
+    load_query(p, plan, *pieces[i].item, b);
+    reduce_span(p, plan, *pieces[i].item, span_of(*pieces[i].item, pieces[i].span), b);
+  });
+  Arena arena(scratch.of(0));
+  const Buffers<M> b = plan.lay_out(p, arena);
+  size_t next = 0;
+  for (const Item& item : items) {
+    clear(b.total, item.rows, plan.ld_dim_v);
+    for (int64_t span = 0; span < item.spans(); ++span) merge(b.total, pieces[next++].state, item.rows, plan.ld_dim_v);
+    finish(p, plan, item, b.total);
+  }
+}
+
+template <class M>
+void run(const AttentionParams& p, Executor& executor) {
+  const Plan<M> plan(p, executor.workers());
+  if (plan.rows == 0) return;
+  const std::vector<Item> items = list_items(p, plan.rows);
+  const Scratch scratch(plan.scratch(p), executor.workers());
+  int64_t spans = 0;
+  for (const Item& item : items) spans += item.spans();
+  // Four items a worker balance well; 32 MB bounds what partial states may take.
+  const bool few = static_cast<int64_t>(items.size()) < 4 * executor.workers();
+  const bool fits = bytes_of<typename M::Out>(spans * plan.partial()) <= (int64_t{32} << 20);
+  if (few && fits && spans > static_cast<int64_t>(items.size())) {
+    return run_split(p, plan, items, scratch, spans, executor);
   }
   executor.run(static_cast<int64_t>(items.size()), [&](int64_t i, int worker) {
-    Arena<T> arena(scratch.of(worker));
-    Buffers<T> b = plan.lay_out(p, arena);
-    b.span = state_at(items[i].partial);
-    load_query(p, plan, *items[i].tile, b);
-    reduce_span(p, plan, *items[i].tile, span_of(*items[i].tile, items[i].span), b);
-  });
-  Arena<T> arena(scratch.of(0));
-  const Buffers<T> b = plan.lay_out(p, arena);
-  size_t next = 0;
-  for (const Tile& tile : tiles) {
-    clear(b.total, tile.rows, plan.ld_dim_v);
-    for (int64_t span = 0; span < tile.spans(); ++span) {
-      merge(b.total, state_at(items[next++].partial), tile.rows, plan.ld_dim_v);
+    const Item& item = items[i];
+    Arena arena(scratch.of(worker));
+    const Buffers<M> b = plan.lay_out(p, arena);
+    load_query(p, plan, item, b);
+    clear(b.total, item.rows, plan.ld_dim_v);
+    for (int64_t span = 0; span < item.spans(); ++span) {
+      reduce_span(p, plan, item, span_of(item, span), b);
+      merge(b.total, b.span, item.rows, plan.ld_dim_v);
     }
-    finish(p, plan, tile, b.total);
-  }
-}
-
-template <class T>
-void run(const AttentionParams& p, Executor& executor) {
-  const Plan<T> plan(p);
-  const std::vector<Tile> tiles = list_tiles(p, plan.tile.rows);
-  const Scratch<T> scratch(plan.scratch(p), executor.workers());
-  int64_t spans = 0;
-  for (const Tile& tile : tiles) spans += tile.spans();
-  // Four items a worker balance well; 32 MB bounds what partial states may take.
-  const bool few = static_cast<int64_t>(tiles.size()) < 4 * executor.workers();
-  const bool fits = spans * plan.partial() * static_cast<int64_t>(sizeof(T)) <= (int64_t{32} << 20);
-  if (few && fits && spans > static_cast<int64_t>(tiles.size())) {
-    return run_split(p, plan, tiles, scratch, spans, executor);
-  }
-  executor.run(static_cast<int64_t>(tiles.size()), [&](int64_t i, int worker) {
-    const Tile& tile = tiles[i];
-    Arena<T> arena(scratch.of(worker));
-    const Buffers<T> b = plan.lay_out(p, arena);
-    load_query(p, plan, tile, b);
-    clear(b.total, tile.rows, plan.ld_dim_v);
-    for (int64_t span = 0; span < tile.spans(); ++span) {
-      reduce_span(p, plan, tile, span_of(tile, span), b);
-      merge(b.total, b.span, tile.rows, plan.ld_dim_v);
-    }
-    finish(p, plan, tile, b.total);
+    finish(p, plan, item, b.total);
   });
 }
 
 }  // namespace
 
 void attention_forward(const AttentionParams& p, Executor& executor) {
-  if (p.type == DType::kFloat64) return run<double>(p, executor);
-  return run<float>(p, executor);
+  if (p.type == DType::kFloat64) return run<Widened<double>>(p, executor);
+  if constexpr (kHasBF16Pairs) {
+    if (in_bfloat16(p)) return run<BF16Pairs>(p, executor);
+  }
+  return run<Widened<float>>(p, executor);
 }
 
 }  // namespace lcore::cpu::LCORE_ISA

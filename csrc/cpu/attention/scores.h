@@ -3,9 +3,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
-#include "cpu/attention/inputs.h"
+#include "cpu/attention/sequence.h"
 #include "cpu/math.h"
 
 namespace lcore::cpu::LCORE_ISA {
@@ -30,21 +29,29 @@ inline Columns vector_span(Columns columns) {
   return {columns.begin / kLane * kLane, (columns.end + kLane - 1) / kLane * kLane};
 }
 
-// score <- softcap * tanh(score / softcap) - slope * |position - key|, then -inf outside the visible columns.
+// slope * |position - key| for the vector of keys from `key` on.
+template <class T>
+inline Vec<T> alibi(const AttentionParams& p, const Sequence& s, int64_t row, int64_t key) {
+  const T slope = p.alibi_slopes[s.batch * p.alibi_batch + s.head(row)];
+  const Vec<T> distance = static_cast<T>(s.position(row) + s.k_len - s.q_len - key) - iota<T>();
+  return slope * (distance < T{0} ? -distance : distance);
+}
+
+// score <- softcap * tanh(score * scale / softcap) - slope * |position - key|, then -inf outside the visible columns.
 template <class T>
 inline void finish_scores(const AttentionParams& p, const Sequence& s, int64_t row, int64_t key_begin, Columns columns,
-                          T* scores) {
+                          T scale, T* scores) {
   const Columns span = vector_span<T>(columns);
+  const auto each = [&](const auto& fn) {
+    for (int c = span.begin; c < span.end; c += kLanes<T>) store(scores + c, fn(load(scores + c), c));
+  };
+  if (scale != T{1}) each([&](Vec<T> score, int) { return score * scale; });
   if (p.softcap > 0) {
     const T cap = static_cast<T>(p.softcap);
-    for (int c = span.begin; c < span.end; c += kLanes<T>) store(scores + c, cap * tanh(load(scores + c) / cap));
+    each([&](Vec<T> score, int) { return cap * tanh(score / cap); });
   }
   if (p.alibi_slopes != nullptr) {
-    const T slope = p.alibi_slopes[s.batch * p.alibi_batch + s.head(row)];
-    const int64_t distance = s.position(row) + s.k_len - s.q_len - key_begin;
-    for (int c = columns.begin; c < columns.end; ++c) {
-      scores[c] -= slope * std::abs(static_cast<T>(distance - c));
-    }
+    each([&](Vec<T> score, int c) { return score - alibi<T>(p, s, row, key_begin + c); });
   }
   std::fill(scores + span.begin, scores + columns.begin, -kInfinity<T>);
   std::fill(scores + columns.end, scores + span.end, -kInfinity<T>);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cpu/gemm.h"
+
 namespace lcore::cpu::LCORE_ISA {
 
 // Keys between absolute multiples of this are one span: spans are reduced on their own and merged in order, so that one
@@ -10,23 +12,36 @@ namespace lcore::cpu::LCORE_ISA {
 inline constexpr int64_t kSpan = 4096;
 
 struct TileSize {
-  int rows;  // query rows: positions times the query heads that share a kv head
-  int keys;
+  int rows;  // query rows: positions times the query heads that share a kv head; a multiple of kTileRows
+  int keys;  // divides kSpan
 };
 
-// Q, the scores, the output twice, K and V of a tile stand in L2 (1 MB) together; the sizes are of float. Measured: 384
-// rows instead of 192 are worth 5 %, since widening a block of keys costs what 40 rows of products do.
+// K and V of a block of keys, Q, the scores and the output of a tile of rows stand in L2 together, in 512 KB (256 KB
+// where two threads share it); sizes are of float. More keys a block cost each row fewer running maxima.
 constexpr TileSize forward_tile(int head_dim) {
-  if (head_dim <= 64) return {384, 128};   // 96 + 192 + 2*96 + 32 + 32 = 544 KB
-  if (head_dim <= 128) return {384, 128};  // 192 + 192 + 2*192 + 64 + 64 = 896 KB
-  if (head_dim <= 256) return {96, 64};    // 96 + 24 + 2*96 + 64 + 64 = 440 KB
-  return {48, 64};                         // d 512: 96 + 12 + 2*96 + 128 + 128 = 556 KB
+  if (head_dim <= 64) return {96, 256};   // 64 + 64 + 24 + 96 + 24 = 272 KB
+  if (head_dim <= 128) return {96, 128};  // 64 + 64 + 48 + 48 + 48 = 272 KB
+  if (head_dim <= 256) return {48, 128};  // 128 + 128 + 48 + 24 + 48 = 376 KB
+  return {48, 64};                        // d 512: 128 + 128 + 96 + 12 + 96 = 460 KB
 }
 
-// Two score tiles, Q and dO, K and V in both orientations, one or two gradients.
+// Rows of an item: all of them use a block of keys once it is packed, which costs what 10 rows of products do.
+inline constexpr int kMostItemRows = 2048;
+
+// Scratch of all workers together: what attention may take beyond its inputs and outputs.
+inline constexpr int64_t kMostScratchBytes = int64_t{48} << 20;
+
+// Two tiles of scores, Q and dO twice, K in both orientations, V in one, two gradients.
 constexpr TileSize backward_tile(int head_dim) {
-  if (head_dim <= 128) return {144, 128};  // 2*72 + 2*72 + 4*64 + 72 + 64 = 680 KB
-  return {48, 64};                         // d 256: 2*12 + 2*48 + 4*64 + 2*64 = 504 KB
+  if (head_dim <= 128) return {96, 128};  // 2*54 + 4*48 + 3*64 + 2*64 = 620 KB, of which a product uses a third
+  return {48, 64};                        // d 256: 2*15 + 4*48 + 3*64 + 2*64 = 542 KB
+}
+
+// Elements of a row of scores: an odd number of cache lines, or the lines of a column would share a few sets of L1.
+template <class T>
+constexpr int odd_lines(int keys) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+  return ((keys + kLine - 1) / kLine | 1) * kLine;
 }
 
 }  // namespace lcore::cpu::LCORE_ISA

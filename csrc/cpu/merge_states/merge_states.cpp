@@ -62,9 +62,9 @@ template <class T>
 void merge(const MergeParams& p, Executor& executor) {
   const int ld = round_up_lanes<T>(static_cast<int>(p.head_dim));
   const int dim = static_cast<int>(p.head_dim);
-  const Scratch<T> scratch(2 * ld, executor.workers());
+  const Scratch scratch(bytes_of<T>(2 * ld), executor.workers());
   for_each_row(p, executor, [&](int64_t row, int64_t i, int worker) {
-    T* a = scratch.of(worker);
+    T* a = scratch.of<T>(worker);
     T* b = a + ld;
     load_rows(RowsIn{at(p.out_a, p.type, row * dim), p.type, dim, 1}, 1, dim, a, ld);
     load_rows(RowsIn{at(p.out_b, p.type, row * dim), p.type, dim, 1}, 1, dim, b, ld);
@@ -80,9 +80,9 @@ void merge_gradients(const MergeGradParams& g, Executor& executor) {
   const MergeParams& p = g.forward;
   const int ld = round_up_lanes<T>(static_cast<int>(p.head_dim));
   const int dim = static_cast<int>(p.head_dim);
-  const Scratch<T> scratch(4 * ld, executor.workers());
+  const Scratch scratch(bytes_of<T>(4 * ld), executor.workers());
   for_each_row(p, executor, [&](int64_t row, int64_t i, int worker) {
-    T* dout = scratch.of(worker);
+    T* dout = scratch.of<T>(worker);
     T* a = dout + ld;
     T* b = a + ld;
     T* grad = b + ld;

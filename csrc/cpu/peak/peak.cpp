@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "core/executor.h"
-#include "cpu/gemm.h"
+#include "cpu/arithmetic.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
 
@@ -26,25 +26,25 @@ double best_rate(double work, Executor& executor, const Body& body) {
   return best;
 }
 
-}  // namespace
-
-// Floating-point operations a second in float32. Twelve accumulators cover the latency of two FMA units.
-double peak_fma(Executor& executor) {
-  constexpr int kChains = 12;
+// Operations a second of the arithmetic's steps.
+template <class M>
+double peak_steps(Executor& executor) {
+  constexpr int kChains = 12;  // cover the latency of two units
   constexpr int64_t kSteps = 20'000'000;
+  using In = typename M::In;
   std::vector<float> sinks(executor.workers() * kLanes<float>);
-  const double work = 2.0 * kChains * kLanes<float> * kSteps * executor.workers();
+  const double work = 2.0 * M::kPair * kChains * kLanes<float> * kSteps * executor.workers();
   return best_rate(work, executor, [&](int64_t item, int) {
     Vec<float> acc[kChains];
     for (int i = 0; i < kChains; ++i) {
       acc[i] = splat(static_cast<float>(i));
       __asm__ volatile("" : "+x"(acc[i]));  // chains that the compiler could prove equal would become one
     }
-    Vec<float> factor = splat(0.999f);
+    Vec<In> factor = splat(M::kPair == 2 ? static_cast<In>(0x3f7f3f7f) : static_cast<In>(0.999f));  // just below 1
     for (int64_t step = 0; step < kSteps; ++step) {
       __asm__ volatile("" : "+x"(factor));  // unknown to the compiler, so that the loop is not folded
 #pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * factor + factor;
+      for (int i = 0; i < kChains; ++i) acc[i] = M::step(factor, factor, acc[i]);
     }
     Vec<float> total{};
     for (const Vec<float>& a : acc) total += a;
@@ -52,16 +52,25 @@ double peak_fma(Executor& executor) {
   });
 }
 
+}  // namespace
+
+double peak_fma(Executor& executor) { return peak_steps<Widened<float>>(executor); }
+
+double peak_dot(Executor& executor) {
+  if constexpr (!kHasBF16Pairs) return 0;
+  return peak_steps<BF16Pairs>(executor);
+}
+
 // Bytes read a second, from 256 MB a worker.
 double peak_read(Executor& executor) {
   constexpr int64_t kFloats = int64_t{64} << 20;
-  const Scratch<float> memory(kFloats, executor.workers());
+  const Scratch memory(bytes_of<float>(kFloats), executor.workers());
   for (int worker = 0; worker < executor.workers(); ++worker) {
-    std::fill(memory.of(worker), memory.of(worker) + kFloats, 1.0f);
+    std::fill_n(memory.of<float>(worker), kFloats, 1.0f);
   }
   std::vector<float> sinks(executor.workers() * kLanes<float>);
   return best_rate(4.0 * kFloats * executor.workers(), executor, [&](int64_t item, int) {
-    const float* data = memory.of(item);
+    const float* data = memory.of<float>(item);
     Vec<float> total[4] = {};
     for (int64_t i = 0; i < kFloats; i += 4 * kLanes<float>) {
 #pragma GCC unroll 4

@@ -94,10 +94,10 @@ void run(const RopeParams& p, Executor& executor) {
   std::vector<double> turns(p.half);
   for (int m = 0; m < p.half; ++m) turns[m] = read(p.inv_freq, p.inv_freq_type, m) / kTwoPi;
   const int padded = round_up_lanes<T>(std::max(p.half, 1));
-  const Scratch<T> scratch(2 * padded + round_up_lanes<T>(p.head_dim), executor.workers());
+  const Scratch scratch(bytes_of<T>(2 * padded + round_up_lanes<T>(p.head_dim)), executor.workers());
   const int64_t blocks = (p.seq + kBlock - 1) / kBlock;
   executor.run(p.batch * blocks, [&](int64_t item, int worker) {
-    T* cosine = scratch.of(worker);
+    T* cosine = scratch.of<T>(worker);
     T* sine = cosine + padded;
     T* head = sine + padded;
     std::fill(cosine, head, T{0});

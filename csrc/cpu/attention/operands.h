@@ -1,0 +1,133 @@
+// How rows of a sequence come into the operands of the matrix products: queries row-major as A, keys and values as
+// packed panels of B, wherever they lie.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/attention/sequence.h"
+#include "cpu/pack.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+
+namespace lcore::cpu::LCORE_ISA {
+
+// Whether q, k and v are bfloat16 wherever they lie, so that products may run on pairs.
+inline bool in_bfloat16(const AttentionParams& p) {
+  const auto is = [](DType type) { return type == DType::kBFloat16; };
+  return is(p.type) && (p.pages == nullptr || (is(p.pages->k_type) && is(p.pages->v_type)));
+}
+
+// The row of key `key`, and how many keys from it on lie at equal distances.
+struct Run {
+  RowsIn rows;
+  int64_t count;
+};
+
+inline Run run_at(const AttentionParams& p, bool value, const Sequence& s, int64_t key) {
+  const auto at = [](const void* data, DType type, int64_t index, int64_t row, int64_t col) {
+    const auto size = static_cast<int64_t>(size_of(type));
+    return RowsIn{static_cast<const char*>(data) + index * size, type, row, col};
+  };
+  if (p.pages == nullptr) {
+    const Strided& x = value ? p.v : p.k;
+    const int64_t index = s.batch * x.batch + (s.k_begin + key) * x.seq + s.kv_head * x.head;
+    return {at(x.data, p.type, index, x.seq, x.dim), s.k_len - key};
+  }
+  const KvPages& pages = *p.pages;
+  const int64_t dim = value ? p.head_dim_v : p.head_dim;
+  const int64_t slot = s.batch * p.kv_heads + s.kv_head;
+  const int64_t page = key / pages.page_size, in_page = key % pages.page_size;
+  const int64_t count = std::min(pages.page_size - in_page, s.k_len - key);
+  if (page < s.k_len / pages.page_size) {
+    const int64_t id = pages.page_table[slot * pages.table_width + page];
+    const uint8_t* codes = pages.pool + id * pages.page_bytes + (value ? pages.v_offset : 0);
+    return {at(codes, value ? pages.v_type : pages.k_type, in_page * dim, dim, 1), count};
+  }
+  const void* tail = value ? pages.tail_v : pages.tail_k;
+  return {at(tail, p.type, (slot * pages.page_size + in_page) * dim, dim, 1), count};
+}
+
+// Rows of K or V as runs of equal stride: fn(rows, offset of the run's first key from `begin`, keys in the run).
+template <class Fn>
+inline void for_each_run(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
+                         const Fn& fn) {
+  for (int done = 0; done < keys;) {
+    const Run run = run_at(p, value, s, begin + done);
+    const int count = static_cast<int>(std::min<int64_t>(keys - done, run.count));
+    fn(run.rows, done, count);
+    done += count;
+  }
+}
+
+// Rows [row, row + rows) of a query-shaped tensor as runs of equal stride: fn(rows, offset of the run from `row`,
+// count).
+template <class Fn>
+inline void for_each_query_run(const Strided& x, DType type, const Sequence& s, int64_t row, int rows, const Fn& fn) {
+  const auto size = static_cast<int64_t>(size_of(type));
+  for (int done = 0; done < rows;) {
+    const int64_t at = row + done;
+    const int64_t index = s.batch * x.batch + (s.q_begin + s.position(at)) * x.seq + s.head(at) * x.head;
+    const int64_t left =
+        s.group == 1 ? rows : s.group - at % s.group;  // heads of one position, or positions of one head
+    const int count = static_cast<int>(std::min<int64_t>(rows - done, left));
+    fn(RowsIn{static_cast<const char*>(x.data) + index * size, type, s.group == 1 ? x.seq : x.head, x.dim}, done,
+       count);
+    done += count;
+  }
+}
+
+// Row-major tile[r], ld values of M::In: rows [row, row + rows) of a query-shaped tensor; widened ones times scale.
+template <class M>
+inline void load_query_tile(const Strided& x, DType type, const Sequence& s, int64_t row, int rows, int cols,
+                            typename M::Out scale, typename M::In* tile, int ld) {
+  for_each_query_run(x, type, s, row, rows, [&](const RowsIn& run, int offset, int count) {
+    with_type(run.data, type, [&](const auto* src) {
+      for (int r = 0; r < count; ++r) {
+        typename M::In* dst = tile + int64_t{offset + r} * ld;
+        const auto* from = src + r * run.row_stride;
+        if constexpr (M::kPair == 2) {
+          const auto* bits = reinterpret_cast<const BFloat16*>(from);
+          for (int i = 0; i < div_up(cols, 2); ++i) dst[i] = step_of<M>(bits, run.col_stride, i, cols);
+        } else {
+          load_row(from, run.col_stride, dst, cols);
+          if (scale != typename M::Out{1}) {
+            for (int c = 0; c < cols; ++c) dst[c] *= scale;
+          }
+        }
+      }
+    });
+  });
+}
+
+// The same rows as steps of panels over their columns.
+template <class M>
+inline void pack_query_rows(const Strided& x, DType type, const Sequence& s, int64_t row, int rows, int cols,
+                            typename M::In* panels) {
+  for_each_query_run(x, type, s, row, rows, [&](const RowsIn& run, int offset, int count) {
+    pack_rows<M>(run, count, cols, panels, div_up(rows, M::kPair), round_up_lanes<typename M::Out>(cols), offset);
+  });
+}
+
+// Keys [begin, begin + keys) of K as columns of panels over head_dim.
+template <class M>
+inline void pack_keys_as_columns(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
+                                 typename M::In* panels) {
+  const int dim = value ? p.head_dim_v : p.head_dim;
+  const int cols = round_up_lanes<typename M::In>(keys);
+  for_each_run(p, value, s, begin, keys, [&](const RowsIn& rows, int offset, int count) {
+    pack_columns<M>(rows, count, dim, panels, cols, offset);
+  });
+}
+
+// Keys [begin, begin + keys) of K or V as steps of panels over its columns; an odd last key is paired with zeros.
+template <class M>
+inline void pack_keys_as_rows(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
+                              typename M::In* panels) {
+  const int dim = value ? p.head_dim_v : p.head_dim;
+  for_each_run(p, value, s, begin, keys, [&](const RowsIn& rows, int offset, int count) {
+    pack_rows<M>(rows, count, dim, panels, div_up(keys, M::kPair), round_up_lanes<typename M::In>(dim), offset);
+  });
+}
+
+}  // namespace lcore::cpu::LCORE_ISA
