@@ -115,6 +115,7 @@ inline void pack_rows(const RowsIn& in, int rows, int dim, typename M::In* panel
     with_type(in.data, in.type, [&](const auto* src) {
       for (int r = 0; r < rows; ++r) {
         const auto* row = src + r * in.row_stride;
+        if (r + kRowsAhead < rows) prefetch_row(row + kRowsAhead * in.row_stride, dim);
         for_each_vector(panels, depth, cols, first + r,
                         [&](In* place, int c) { store(place, load_columns<In>(row, in.col_stride, c, dim)); });
       }

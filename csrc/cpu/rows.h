@@ -29,14 +29,25 @@ inline float widen(Half x) { return to_float(x); }
 inline Vec<float> load_float(const float* p) { return load(p); }
 
 template <class T, class Element>
-inline void load_row(const Element* src, int64_t stride, T* dst, int cols) {
+inline void load_row(const Element* src, int64_t stride, T* dst, int cols, T scale = T{1}) {
   int c = 0;
   if constexpr (std::is_same_v<T, float> && !std::is_same_v<Element, double>) {
     if (stride == 1) {
-      for (; c + kLanes<float> <= cols; c += kLanes<float>) store(dst + c, load_float(src + c));
+      for (; c + kLanes<float> <= cols; c += kLanes<float>) store(dst + c, load_float(src + c) * scale);
     }
   }
-  for (; c < cols; ++c) dst[c] = static_cast<T>(widen(src[c * stride]));
+  for (; c < cols; ++c) dst[c] = static_cast<T>(widen(src[c * stride])) * scale;
+}
+
+// Rows of a tensor with heads lie far apart, where the hardware does not prefetch: eight rows ahead cover the latency
+// of memory at the pace of a copy.
+inline constexpr int kRowsAhead = 8;
+
+template <class Element>
+inline void prefetch_row(const Element* row, int cols) {
+  constexpr int kLine = 64 / sizeof(Element);
+  for (int c = 0; c < cols; c += kLine) __builtin_prefetch(row + c);
+  __asm__ volatile("");  // g++ deletes calls that do nothing but prefetch
 }
 
 // Calls fn with a typed pointer to the elements.

@@ -361,6 +361,10 @@ void run(const AttentionParams& p, Executor& executor) {
     Arena arena(scratch.of(worker));
     const Buffers<M> b = plan.lay_out(p, arena);
     load_query(p, plan, item, b);
+    if (item.spans() == 1) {  // merged into the neutral element it would have the same bits
+      reduce_span(p, plan, item, item.keys, b);
+      return finish(p, plan, item, b.span);
+    }
     clear(b.total, item.rows, plan.ld_dim_v);
     for (int64_t span = 0; span < item.spans(); ++span) {
       reduce_span(p, plan, item, span_of(item, span), b);

@@ -86,14 +86,12 @@ inline void load_query_tile(const Strided& x, DType type, const Sequence& s, int
       for (int r = 0; r < count; ++r) {
         typename M::In* dst = tile + int64_t{offset + r} * ld;
         const auto* from = src + r * run.row_stride;
+        if (r + kRowsAhead < count) prefetch_row(from + kRowsAhead * run.row_stride, cols);
         if constexpr (M::kPair == 2) {
           const auto* bits = reinterpret_cast<const BFloat16*>(from);
           for (int i = 0; i < div_up(cols, 2); ++i) dst[i] = step_of<M>(bits, run.col_stride, i, cols);
         } else {
-          load_row(from, run.col_stride, dst, cols);
-          if (scale != typename M::Out{1}) {
-            for (int c = 0; c < cols; ++c) dst[c] *= scale;
-          }
+          load_row(from, run.col_stride, dst, cols, scale);
         }
       }
     });
