@@ -1,4 +1,4 @@
-"""Random calls of lcore.attention, any shape in any memory, against the float64 formula; every run has the same ones."""
+"""Random calls of lcore.attention in any memory layout against the float64 formula; every run draws the same calls."""
 
 import math
 from typing import NamedTuple
