@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import FLOATS, lcore_with_lse, random_packed, random_qkv
+from attention_cases import FLOATS, gradients, lcore_with_lse, random_packed, random_qkv
 from cache_cases import NAME_OF, random_kv
 from tolerance import assert_same_bits
 
@@ -96,3 +96,44 @@ def test_later_tokens_and_tokens_left_of_the_window_in_a_cache(which, page_size,
     blind = (at - 60 > bad_left) & (at < bad_right)
     assert int(blind.sum()) == 19
     assert_same_bits(out[:, blind], want[:, blind])
+
+
+@pytest.mark.parametrize("value", POISONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_gradients_beside_a_bad_key(which, mask, dtype, value):
+    """dq of the rows that do not see it, dk and dv of the keys that only such rows see."""
+    arguments = MASKS[mask][0]
+    for seq_q, seq_k, key, blind in bad_keys(mask, (150, 150), (5, 200)):
+        q, k, v = random_qkv(seq_q, seq_k, heads=4, kv_heads=2, dtype=dtype)
+        dout = torch.randn_like(q)
+        want = gradients(lcore_with_lse, q, k, v, dout, None, arguments)
+        x = {"k": k, "v": v}[which]
+        x[:, key] = value
+        found = gradients(lcore_with_lse, q, k, v, dout, None, arguments)
+        untouched = ~(seeing(mask, seq_q, seq_k) & ~blind[:, None]).any(dim=0)
+        assert_same_bits(found["q"][:, blind], want["q"][:, blind], f"dq of {seq_q} x {seq_k}")
+        for name in "kv":
+            assert_same_bits(found[name][:, untouched], want[name][:, untouched], f"d{name} of {seq_q} x {seq_k}")
+
+
+@pytest.mark.parametrize("value", POISONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("which", ["q", "dout"])
+def test_gradients_beside_a_bad_row(which, mask, dtype, value):
+    """dq of all other rows, dk and dv of the keys that it does not see."""
+    arguments = MASKS[mask][0]
+    for seq_q, seq_k, row in ((150, 150, 70), (5, 200, 1)):
+        q, k, v = random_qkv(seq_q, seq_k, heads=4, kv_heads=2, dtype=dtype)
+        dout = torch.randn_like(q)
+        want = gradients(lcore_with_lse, q, k, v, dout, None, arguments)
+        x = {"q": q, "dout": dout}[which]
+        x[:, row] = value
+        found = gradients(lcore_with_lse, q, k, v, dout, None, arguments)
+        others = torch.arange(seq_q) != row
+        unseen = ~seeing(mask, seq_q, seq_k)[row]
+        assert_same_bits(found["q"][:, others], want["q"][:, others], f"dq of {seq_q} x {seq_k}")
+        for name in "kv":
+            assert_same_bits(found[name][:, unseen], want[name][:, unseen], f"d{name} of {seq_q} x {seq_k}")
