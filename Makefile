@@ -9,7 +9,12 @@ export LCORE_EMULATED_ISA ?= ON
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'bench/cpp/*.h' 'bench/cpp/*.cpp')
 COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null || echo unknown)
 
-.PHONY: demo test test-slow test-abi build lint format bench bench-cpp clean
+# A second environment that sees the packages of the first, but has an lcore of its own, built with sanitizers.
+SANITIZED       := build/sanitize
+SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py tests/test_cache*.py) \
+                   tests/test_merge_states.py tests/test_rope.py tests/test_isa.py
+
+.PHONY: demo test test-slow test-abi sanitize build lint format bench bench-cpp clean
 
 demo: build
 	$(BIN)/lcore demo --tokens $(TOKENS)
@@ -23,6 +28,19 @@ test-slow: build
 # Builds against one torch, loads and runs in another.
 test-abi: build
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+# Looks for accesses out of bounds and undefined behaviour in the extension while its tests run. New memory is filled
+# with NaN. A finding ends the run with a report and the Python stack.
+sanitize: build
+	$(BIN)/python -m venv --without-pip $(SANITIZED)
+	site=$$($(SANITIZED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" >$$site/packages.pth && \
+	  LCORE_CUDA=off $(BIN)/python -m pip install -q --no-build-isolation --no-deps --upgrade --target $$site \
+	    -C build-dir=$(SANITIZED)/cmake -C install.strip=false -C cmake.define.LCORE_SANITIZE=on .
+	LCORE_SANITIZE=on UBSAN_OPTIONS=halt_on_error=1:abort_on_error=1:print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:malloc_fill_byte=255:max_malloc_fill_size=67108864 \
+	  LD_PRELOAD="$$(for so in libasan libubsan libstdc++; do $(CXX) -print-file-name=$$so.so; done | xargs)" \
+	  $(SANITIZED)/bin/python -m pytest --capture=sys $(SANITIZED_TESTS)
 
 $(VENV)/.ready: pyproject.toml Makefile
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
