@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/half.h"
 #include "cpu/simd.h"
 
 namespace lcore::cpu::LCORE_ISA {

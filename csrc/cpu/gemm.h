@@ -8,6 +8,7 @@
 // order with one multiply-add a step, whatever the tile it falls in: a row's bits do not depend on the rows beside it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/arithmetic.h"
@@ -16,11 +17,15 @@
 namespace lcore::cpu::LCORE_ISA {
 
 inline constexpr int kTileRows = 6;
-inline constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
+// float64 runs for gradient checks: a narrow tile saves the compiler a third of its work.
+template <class In>
+inline constexpr int kTileVectors = sizeof(In) == 8    ? 1
+                                    : kRegisters == 32 ? 4
+                                                       : 2;
 
 // Columns of a panel of In.
 template <class In>
-inline constexpr int kPanel = kTileVectors * kLanes<In>;
+inline constexpr int kPanel = kTileVectors<In> * kLanes<In>;
 
 template <class In>
 struct MatrixA {
@@ -31,13 +36,15 @@ struct MatrixA {
 
 enum class Accumulate { kOverwrite, kAdd, kScaleAndAdd };
 
-// Where a tile's vectors of B lie in packed panels of kWidth vectors, `next` elements from panel to panel.
-template <class In, int kWidth>
+// A tile's vectors of B in packed panels, `width` elements a step and `next` from panel to panel.
+template <class In>
 struct Panels {
   const In* data;
+  int64_t width;
   int64_t next;
   Vec<In> operator()(int64_t k, int j) const {
-    return load(data + (j / kWidth) * next + (k * kWidth + j % kWidth) * kLanes<In>);
+    constexpr int kPerPanel = kTileVectors<In>;
+    return load(data + (j / kPerPanel) * next + k * width + (j % kPerPanel) * kLanes<In>);
   }
 };
 
@@ -78,7 +85,7 @@ inline void gemm_tile(const MatrixA<typename M::In>& a, const LoadB& b, const ty
 template <class M, int kVectors, Accumulate kMode, class LoadB>
 inline void gemm_rows(MatrixA<typename M::In> a, const LoadB& b, const typename M::Out* row_scale, typename M::Out* c,
                       int64_t ldc, int rows, int depth) {
-  if constexpr (kVectors <= kTileVectors) {
+  if constexpr (kVectors <= kTileVectors<typename M::In>) {
     for (; rows >= kTileRows; rows -= kTileRows) {
       gemm_tile<M, kTileRows, kVectors, kMode>(a, b, row_scale, c, ldc, depth);
       a.data += kTileRows * a.row;
@@ -113,52 +120,33 @@ struct Steps {
 };
 
 // b: panels of `cols` columns (a multiple of a vector) packed over `packed_depth` steps, of which `steps` are taken.
-// row_scale has one factor a row with kScaleAndAdd and is not read otherwise.
+// row_scale has one factor a row with kScaleAndAdd and is not read otherwise. Compiled once for all its callers.
 template <class M, Accumulate kMode>
-inline void gemm(MatrixA<typename M::In> a, const typename M::In* b, int64_t packed_depth, Steps steps,
-                 typename M::Out* c, int64_t ldc, int rows, int cols, const typename M::Out* row_scale = nullptr) {
+[[gnu::noinline]] void gemm(MatrixA<typename M::In> a, const typename M::In* b, int64_t packed_depth, Steps steps,
+                            typename M::Out* c, int64_t ldc, int rows, int cols,
+                            const typename M::Out* row_scale = nullptr) {
   using In = typename M::In;
   constexpr int kLane = kLanes<In>;
   const int depth = steps.end - steps.begin;
   a.data += steps.begin * a.col;
   int j = 0;
-  const auto panels = [&]<int kWidth, int kVectors>() {
-    const Panels<In, kWidth> panel{b + j * packed_depth + steps.begin * kWidth * kLane, packed_depth * kPanel<In>};
+  const auto columns = [&]<int kVectors>() {
+    const int first = j / kPanel<In> * kPanel<In>;
+    const int64_t width = std::min(kPanel<In>, cols - first);
+    const Panels<In> panel{b + first * packed_depth + steps.begin * width + (j - first), width,
+                           packed_depth * kPanel<In>};
     gemm_rows<M, kVectors, kMode>(a, panel, row_scale, c + j, ldc, rows, depth);
     j += kVectors * kLane;
   };
   if (rows <= 2) {  // few rows need several panels at once, or the latency of their sums shows
-    while (j + 2 * kPanel<In> <= cols) panels.template operator()<kTileVectors, 2 * kTileVectors>();
+    while (j + 2 * kPanel<In> <= cols) columns.template operator()<2 * kTileVectors<In>>();
   }
-  while (j + kPanel<In> <= cols) panels.template operator()<kTileVectors, kTileVectors>();
-  switch ((cols - j) / kLane) {  // the last panel is as narrow as its columns
-    case 3:
-      if constexpr (kTileVectors > 3) panels.template operator()<3, 3>();
-      return;
-    case 2:
-      if constexpr (kTileVectors > 2) panels.template operator()<2, 2>();
-      return;
-    case 1:
-      return panels.template operator()<1, 1>();
-    default:
-      return;
+  while (j + kPanel<In> <= cols) columns.template operator()<kTileVectors<In>>();
+  // The last panel is as narrow as its columns.
+  if constexpr (kTileVectors<In> > 2) {
+    while (j + 2 * kLane <= cols) columns.template operator()<2>();
   }
-}
-
-// The same with B from loader_at(j), which loads the vectors from column j on; cols are whole vectors.
-template <class M, Accumulate kMode, class LoaderAt>
-inline void gemm_loaded(MatrixA<typename M::In> a, const LoaderAt& loader_at, typename M::Out* c, int64_t ldc, int rows,
-                        int cols, int depth, const typename M::Out* row_scale = nullptr) {
-  constexpr int kLane = kLanes<typename M::In>;
-  int j = 0;
-  const auto columns = [&]<int kVectors>() {
-    for (; j + kVectors * kLane <= cols; j += kVectors * kLane) {
-      gemm_rows<M, kVectors, kMode>(a, loader_at(j), row_scale, c + j, ldc, rows, depth);
-    }
-  };
-  if (rows <= 2) columns.template operator()<2 * kTileVectors>();
-  columns.template operator()<kTileVectors>();
-  columns.template operator()<1>();
+  while (j < cols) columns.template operator()<1>();
 }
 
 }  // namespace lcore::cpu::LCORE_ISA

@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 
-#include "cpu/pack.h"
+#include "cpu/pack_rows.h"
 
 namespace lcore::cpu::LCORE_ISA {
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "core/dtype.h"
+#include "cpu/half.h"
 #include "cpu/simd.h"
 
 namespace lcore::cpu::LCORE_ISA {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "cpu/attention/block.h"
 #include "cpu/attention/operands.h"
 #include "cpu/attention/scores.h"
 #include "cpu/attention/tile.h"
@@ -136,57 +137,15 @@ void differentiate_row(const AttentionParams& p, const Sequence& s, int64_t row,
   }
 }
 
-// Rows [row, row + rows) of a sequence against keys [key, key + keys).
-struct Block {
-  const Sequence& s;
-  int64_t row;
-  int rows;
-  int64_t key;
-  int keys;
-  bool whole;  // every row sees every key
-
-  Block(const AttentionParams& p, const Sequence& sequence, int64_t first_row, int row_count, int64_t first_key,
-        int key_count)
-      : s(sequence), row(first_row), rows(row_count), key(first_key), keys(key_count) {
-    whole = visible(p, s, s.position(row)).end >= key + keys && visible(p, s, s.position(row + rows - 1)).begin <= key;
-  }
-
-  // Rows, from the block's first, that see any of its keys [begin, begin + count).
-  Steps rows_seeing(const AttentionParams& p, int begin, int count) const {
-    const RowRange seeing = seeing_rows(p, s, key + begin, count);
-    const int first = static_cast<int>(std::clamp<int64_t>(seeing.begin - row, 0, rows));
-    return {first, static_cast<int>(std::clamp<int64_t>(seeing.end - row, first, rows))};
-  }
-  // Keys, from the block's first, that any of its rows [begin, begin + count) sees.
-  Steps keys_seen(const AttentionParams& p, int begin, int count) const {
-    const KeyRange seen = visible(p, s, row + begin, count);
-    const int first = static_cast<int>(std::clamp<int64_t>(seen.begin - key, 0, keys));
-    return {first, static_cast<int>(std::clamp<int64_t>(seen.end - key, first, keys))};
-  }
-};
-
-// c (rows x keys) = A B^T with B's keys as columns; where the mask cuts the block, only what a panel's rows see.
-template <class M>
-void multiply_by_columns(const AttentionParams& p, const Block& block, const typename M::In* a, int ld_a,
-                         const typename M::In* panels, int dim, typename M::Out* c, int ld_c) {
-  using In = typename M::In;
-  const int depth = div_up(dim, M::kPair), cols = round_up_lanes<In>(block.keys);
-  const int step = block.whole ? cols : kPanel<In>;
-  for (int j = 0; j < cols; j += step) {
-    const Steps rows = block.whole ? Steps{0, block.rows} : block.rows_seeing(p, j, std::min(step, block.keys - j));
-    gemm<M, Accumulate::kOverwrite>({a + int64_t{rows.begin} * ld_a, ld_a, 1}, panels + int64_t{j} * depth, depth,
-                                    {0, depth}, c + int64_t{rows.begin} * ld_c + j, ld_c, rows.end - rows.begin,
-                                    std::min(step, cols - j));
-  }
-}
-
 // P and dS of the block, as the operands of the gradients' products.
 template <class M>
 void differentiate(const AttentionParams& p, const Plan<M>& plan, const Block& block, const typename M::Out* delta,
                    const Buffers<M>& b) {
   using Out = typename M::Out;
-  multiply_by_columns<M>(p, block, b.q, plan.ld_q, b.keys_t, p.head_dim, b.weights, plan.ld_scores);
-  multiply_by_columns<M>(p, block, b.dout, plan.ld_dout, b.values_t, p.head_dim_v, b.dscores, plan.ld_scores);
+  multiply_by_columns<M>(p, block, {b.q, plan.ld_q, 1}, b.keys_t, div_up(p.head_dim, M::kPair), b.weights,
+                         plan.ld_scores);
+  multiply_by_columns<M>(p, block, {b.dout, plan.ld_dout, 1}, b.values_t, div_up(p.head_dim_v, M::kPair), b.dscores,
+                         plan.ld_scores);
   const int padded = round_up_lanes<Out>(block.keys), ld = plan.ld_scores;
   const Out scale = M::kPair == 2 ? static_cast<Out>(p.softmax_scale) : Out{1};  // widened queries hold it already
   for (int r = 0; r < block.rows; ++r) {

@@ -13,6 +13,22 @@ namespace lcore::cpu::LCORE_ISA {
 template <class In>
 inline constexpr int kFewKeys = 2 * kPanel<In>;
 
+// gemm() with B from loader_at(j), which loads the vectors from column j on; cols are whole vectors.
+template <class M, Accumulate kMode, class LoaderAt>
+inline void gemm_loaded(MatrixA<typename M::In> a, const LoaderAt& loader_at, typename M::Out* c, int64_t ldc, int rows,
+                        int cols, int depth, const typename M::Out* row_scale = nullptr) {
+  constexpr int kLane = kLanes<typename M::In>;
+  int j = 0;
+  const auto columns = [&]<int kVectors>() {
+    for (; j + kVectors * kLane <= cols; j += kVectors * kLane) {
+      gemm_rows<M, kVectors, kMode>(a, loader_at(j), row_scale, c + j, ldc, rows, depth);
+    }
+  };
+  if (rows <= 2) columns.template operator()<2 * kTileVectors<typename M::In>>();
+  columns.template operator()<kTileVectors<typename M::In>>();
+  columns.template operator()<1>();
+}
+
 // A loader of B that also asks for memory: `stride` bytes further with every step.
 template <class Loader>
 struct Ahead {
@@ -65,14 +81,12 @@ struct FewRows {
       const int cols = round_up_lanes<In>(count);
       pack_keys_as_columns<M>(p, false, s, key + begin, count, panels);
       const Bytes bytes = next(false, key + block + begin, count, depth);
-      const auto ahead = [&]<int kWidth>(int c) {
-        return Ahead<Panels<In, kWidth>>{{panels + c * depth, depth * kPanel<In>}, bytes.data, bytes.stride};
+      const auto ahead = [&](int c) {
+        return Ahead<Panels<In>>{{panels + c * depth, kPanel<In>, depth * kPanel<In>}, bytes.data, bytes.stride};
       };
       // The widths of gemm(): whole panels, then one as narrow as its columns.
       const int whole = cols / kPanel<In> * kPanel<In>;
-      gemm_loaded<M, Accumulate::kOverwrite>(
-          queries, [&](int c) { return ahead.template operator()<kTileVectors>(c); }, scores + begin, ld_scores, rows,
-          whole, depth);
+      gemm_loaded<M, Accumulate::kOverwrite>(queries, ahead, scores + begin, ld_scores, rows, whole, depth);
       if (whole < cols) {
         gemm<M, Accumulate::kOverwrite>(queries, panels + whole * depth, depth, {0, depth}, scores + begin + whole,
                                         ld_scores, rows, cols - whole);

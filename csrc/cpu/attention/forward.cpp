@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "cpu/attention/block.h"
 #include "cpu/attention/few_rows.h"
 #include "cpu/attention/operands.h"
 #include "cpu/attention/softmax.h"
@@ -110,73 +111,22 @@ struct Item {
   int64_t spans() const { return keys.begin >= keys.end ? 0 : (keys.end - 1) / kSpan - keys.begin / kSpan + 1; }
 };
 
-// The rows of an item's tile that see any of a block of keys.
-struct Block {
-  const Item* item;
-  int first;  // row of the item
-  int rows;
-  int64_t key;
-  int keys;
-  bool whole;  // every row sees every key
-
-  Block(const AttentionParams& p, const Item& of, int tile_first, int tile_rows, int64_t first_key, int key_count)
-      : item(&of), first(tile_first), rows(tile_rows), key(first_key), keys(key_count) {
-    const Sequence& s = of.sequence;
-    const Steps seeing = rows_seeing(p, 0, keys);
-    first += seeing.begin;
-    rows = seeing.end - seeing.begin;
-    whole = rows > 0 && visible(p, s, s.position(row())).end >= key + keys &&
-            visible(p, s, s.position(row() + rows - 1)).begin <= key;
-  }
-
-  int64_t row() const { return item->row + first; }
-
-  // Rows, from the block's first, that may see any of its keys [begin, begin + count).
-  Steps rows_seeing(const AttentionParams& p, int begin, int count) const {
-    const RowRange seeing = seeing_rows(p, item->sequence, key + begin, count);
-    const int from = static_cast<int>(std::clamp<int64_t>(seeing.begin - row(), 0, rows));
-    return {from, static_cast<int>(std::clamp<int64_t>(seeing.end - row(), from, rows))};
-  }
-  // Keys, from the block's first, that any of its rows [begin, begin + count) sees.
-  Steps keys_seen(const AttentionParams& p, int begin, int count) const {
-    const KeyRange seen = visible(p, item->sequence, row() + begin, count);
-    const int from = static_cast<int>(std::clamp<int64_t>(seen.begin - key, 0, keys));
-    return {from, static_cast<int>(std::clamp<int64_t>(seen.end - key, from, keys))};
-  }
-};
-
-// Scores of the block's rows against its keys, whose panels b.keys holds; where the mask cuts the block, each panel
-// only for the rows that see any of it.
-template <class M>
-void multiply_keys(const AttentionParams& p, const Plan<M>& plan, const Block& block, const Buffers<M>& b) {
-  using In = typename M::In;
-  const int depth = div_up(p.head_dim, M::kPair);
-  const int cols = round_up_lanes<In>(block.keys);
-  const int step = block.whole ? cols : kPanel<In>;
-  for (int c = 0; c < cols; c += step) {
-    const Steps rows = block.whole ? Steps{0, block.rows} : block.rows_seeing(p, c, std::min(step, block.keys - c));
-    gemm<M, Accumulate::kOverwrite>(plan.queries(b, block.first + rows.begin), b.keys + int64_t{c} * depth, depth,
-                                    {0, depth}, b.scores + int64_t{rows.begin} * plan.ld_scores + c, plan.ld_scores,
-                                    rows.end - rows.begin, std::min(step, cols - c));
-  }
-}
-
 // The block's scores become weights; b.span's max and sum move on, b.rescale holds what its out is worth.
 template <class M>
-void weigh(const AttentionParams& p, const Plan<M>& plan, const Block& block, const Buffers<M>& b) {
+void weigh(const AttentionParams& p, const Plan<M>& plan, const Block& block, const State<typename M::Out>& state,
+           const Buffers<M>& b) {
   using T = typename M::Out;
-  const Sequence& s = block.item->sequence;
+  const Sequence& s = block.s;
   const T scale = M::kPair == 2 ? static_cast<T>(p.softmax_scale) : T{1};  // widened queries hold it already
   const bool plain = block.whole && scale == T{1} && p.softcap == 0 && p.alibi_slopes == nullptr;
-  const State<T> state = b.span.at(block.first, plan.ld_dim_v);
   const auto columns_of = [&](int r) {
-    return block.whole ? Columns{0, block.keys} : visible_columns(p, s, block.row() + r, block.key, block.keys);
+    return block.whole ? Columns{0, block.keys} : visible_columns(p, s, block.row + r, block.key, block.keys);
   };
   for (int r = 0; r < block.rows; ++r) {
     T* scores = b.scores + int64_t{r} * plan.ld_scores;
     const Columns columns = columns_of(r);
     if (!plain || columns.end % kLanes<T> != 0) {
-      finish_scores(p, s, block.row() + r, block.key, columns, scale, scores);
+      finish_scores(p, s, block.row + r, block.key, columns, scale, scores);
     }
     b.new_max[r] = row_max(vector_span<T>(columns), scores, state.max[r]);
   }
@@ -193,8 +143,7 @@ void weigh(const AttentionParams& p, const Plan<M>& plan, const Block& block, co
 // out <- rescale out + weights V with b.values, whose numbers are all finite or not.
 template <class M>
 void multiply_values(const AttentionParams& p, const Plan<M>& plan, const Block& block, bool finite,
-                     const Buffers<M>& b) {
-  typename M::Out* out = b.span.at(block.first, plan.ld_dim_v).out;
+                     const Buffers<M>& b, typename M::Out* out) {
   const int ld = plan.ld_dim_v;
   if (block.whole) {
     const int depth = div_up(block.keys, M::kPair);
@@ -211,29 +160,33 @@ template <class M>
 void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& item, int64_t key, int keys,
                   const Buffers<M>& b) {
   const Sequence& s = item.sequence;
-  const int64_t values = int64_t{div_up(keys, M::kPair)} * plan.ld_dim_v;
-  if (plan.few_rows()) {
-    const Block block(p, item, 0, item.rows, key, keys);
-    if (block.rows == 0) return;
-    const FewRows<M> few{p, s, key, keys, plan.tile.keys, block.rows};
-    few.multiply_keys(plan.queries(b, block.first), b.keys, b.scores, plan.ld_scores);
-    weigh(p, plan, block, b);
-    if (block.whole && values_in_place<M>(p, keys)) {
-      return few.multiply_values(plan.weights(b), b.rescale, b.span.at(block.first, plan.ld_dim_v).out, plan.ld_dim_v);
-    }
-    pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
-    return multiply_values(p, plan, block, block.whole || all_finite(b.values, values), b);
-  }
-  pack_keys_as_columns<M>(p, false, s, key, keys, b.keys);
-  pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
+  const bool few = plan.few_rows();
+  const bool in_place = few && values_in_place<M>(p, keys);
+  if (!few) pack_keys_as_columns<M>(p, false, s, key, keys, b.keys);
+  if (!in_place) pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
   std::optional<bool> finite;  // asked for where the mask cuts the block
   for (int first = 0; first < item.rows; first += plan.tile.rows) {
-    const Block block(p, item, first, std::min(plan.tile.rows, item.rows - first), key, keys);
+    const Block block(p, s, item.row + first, std::min(plan.tile.rows, item.rows - first), key, keys, true);
     if (block.rows == 0) continue;
-    if (!block.whole && !finite.has_value()) finite = all_finite(b.values, values);
-    multiply_keys(p, plan, block, b);
-    weigh(p, plan, block, b);
-    multiply_values(p, plan, block, finite.value_or(true), b);
+    const int at = static_cast<int>(block.row - item.row);
+    const State<typename M::Out> state = b.span.at(at, plan.ld_dim_v);
+    const FewRows<M> few_rows{p, s, key, keys, plan.tile.keys, block.rows};
+    if (few) {
+      few_rows.multiply_keys(plan.queries(b, at), b.keys, b.scores, plan.ld_scores);
+    } else {
+      multiply_by_columns<M>(p, block, plan.queries(b, at), b.keys, div_up(p.head_dim, M::kPair), b.scores,
+                             plan.ld_scores);
+    }
+    weigh(p, plan, block, state, b);
+    if (in_place && block.whole) {
+      few_rows.multiply_values(plan.weights(b), b.rescale, state.out, plan.ld_dim_v);
+      continue;
+    }
+    if (in_place) pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
+    if (!block.whole && !finite.has_value()) {
+      finite = all_finite(b.values, int64_t{div_up(keys, M::kPair)} * plan.ld_dim_v);
+    }
+    multiply_values(p, plan, block, finite.value_or(true), b, state.out);
   }
 }
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cpu/attention/sequence.h"
-#include "cpu/pack.h"
+#include "cpu/pack_columns.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
 

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "cpu/attention/scores.h"
-#include "cpu/pack.h"
+#include "cpu/pack_rows.h"
 #include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
