@@ -4,7 +4,8 @@ GFLOP/s count the pairs that the mask allows: forward 4 * pairs * heads * head_d
 is timed alone, on a graph that is kept. The speed-up is the median time of torch's scaled_dot_product_attention over
 lcore's on the same inputs in the same process; torch gets its own layout (batch, heads, seq, head_dim), contiguous, a
 window as a boolean mask, packed sequences as a batch, and for grouped heads the faster of enable_gqa and expanding K
-and V by hand. --full-set measures what is published.
+and V by hand. lcore, torch and the machine's peak take turns: on a shared machine the speed of all three moves
+together. --full-set measures what is published.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bench import plot, shapes, torch_peers
 from bench.check import PEER_SLACK, Checker
-from bench.machine import Row, ceiling, peaks, result, write_json
+from bench.machine import Peak, Row, ceiling, peaks, result, write_json
 from bench.memory import forward_bytes
 from bench.shapes import Shape
 from bench.tables import show
@@ -39,15 +40,13 @@ class Settings:
     seconds: float  # to spend on each figure, if its calls are short
 
 
-def seconds_of(
-    shape: Shape, call: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, settings: Settings
-) -> float:
-    """Of a forward, or of a backward alone."""
+def timed(shape: Shape, call: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> Callable[[], object]:
+    """What is timed: a forward, or a backward alone."""
     if shape.which == "forward":
-        return median_seconds(lambda: call(*inputs), settings.seconds)
+        return lambda: call(*inputs)
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = call(*leaves)
-    return median_seconds(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True), settings.seconds)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
 def check(shape: Shape, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Checker:
@@ -70,41 +69,36 @@ def measure(shape: Shape, settings: Settings) -> Row:
     """One row: lcore and torch on the same random normal inputs."""
     q, k, v, dout = shape.inputs()
     checker = check(shape, q, k, v, dout)
-    ours = [shape.ours(x) for x in (q, k, v)]
-    seconds = seconds_of(shape, shape.attention, ours, shape.ours(dout), settings)
-    gflops = shape.flops() / seconds / 1e9
-    name, peak = ceiling(settings.ceilings, shape.dtype)
-    row = {
-        "kind": "attention", **shape.fields(), "ms": seconds * 1e3, "gflops": gflops, "ceiling": name,
-        "of_peak": gflops / peak, "torch_gflops": None, "torch_gqa": None, "speedup": None, "flex_speedup": None,
-        "flex_error": None,
-    }  # fmt: skip
-
+    ours = timed(shape, shape.attention, [shape.ours(x) for x in (q, k, v)], shape.ours(dout))
     inputs, dout = [x.transpose(1, 2).contiguous() for x in (q, k, v)], dout.transpose(1, 2).contiguous()
-    del q, k, v, ours
-    times: dict[str | None, float] = {}
+    del q, k, v
+    name = ceiling(settings.ceilings, shape.dtype)
+    peak = Peak(name)
+    calls: dict[Any, Callable[[], object]] = {"lcore": ours, "peak": peak}
     for way, call in torch_peers.sdpa(shape).items() if shape.seq <= settings.torch_seq else ():
         checker.forward(call(*inputs).transpose(1, 2), PEER_SLACK)
-        times[way] = seconds_of(shape, call, inputs, dout, settings)
-    if times:
-        best = min(times, key=times.__getitem__)
-        row.update(torch_gflops=shape.flops() / times[best] / 1e9, torch_gqa=best, speedup=times[best] / seconds)
+        calls["torch", way] = timed(shape, call, inputs, dout)
+    flex_error = None
     if settings.flex:
-        row.update(measure_flex(shape, checker, inputs, dout, seconds, settings))
+        try:  # compiling it on a CPU needs more than torch
+            flex = torch_peers.flex(shape)
+            checker.forward(flex(*inputs).transpose(1, 2), PEER_SLACK)
+            calls["flex"] = timed(shape, flex, inputs, dout)
+        except Exception as error:
+            flex_error = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    times = median_seconds(calls, settings.seconds)
+    seconds = times["lcore"]
+    gflops = shape.flops() / seconds / 1e9
+    row = {
+        "kind": "attention", **shape.fields(), "ms": seconds * 1e3, "gflops": gflops, "ceiling": name,
+        "peak_gflops": peak.median, "of_peak": gflops / peak.median, "torch_gflops": None, "torch_gqa": None,
+        "speedup": None, "flex_speedup": times["flex"] / seconds if "flex" in times else None, "flex_error": flex_error,
+    }  # fmt: skip
+    ways = [key for key in times if isinstance(key, tuple)]
+    if ways:
+        best = min(ways, key=times.__getitem__)
+        row.update(torch_gflops=shape.flops() / times[best] / 1e9, torch_gqa=best[1], speedup=times[best] / seconds)
     return row
-
-
-def measure_flex(
-    shape: Shape, checker: Checker, inputs: list[Tensor], dout: Tensor, seconds: float, settings: Settings
-) -> dict[str, Any]:
-    """flex_attention's time over lcore's, or why there is none: compiling it on a CPU needs more than torch."""
-    try:
-        call = torch_peers.flex(shape)
-        checker.forward(call(*inputs).transpose(1, 2), PEER_SLACK)
-        return {"flex_speedup": seconds_of(shape, call, inputs, dout, settings) / seconds}
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {"flex_error": text[:160]}
 
 
 def memory_row(shape: Shape, settings: Settings) -> Row:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +21,7 @@ from torch import Tensor
 import lcore
 from bench import plot
 from bench.check import PEER_SLACK, Checker
-from bench.machine import Row, peaks, result, write_json
+from bench.machine import Peak, Row, peaks, result, write_json
 from bench.shapes import DTYPES
 from bench.tables import show
 from bench.timer import median_seconds
@@ -54,7 +55,7 @@ def filled_cache(geometry: Geometry, kv_format: str, k: Tensor, v: Tensor) -> lc
     return cache
 
 
-def torch_seconds(q: Tensor, k: Tensor, v: Tensor, checker: Checker, budget: float) -> tuple[float, float]:
+def torch_calls(q: Tensor, k: Tensor, v: Tensor, checker: Checker) -> dict[str, Callable[[], object]]:
     """With enable_gqa, and with the heads packed by hand. k and v are (1, kv_heads, tokens, head_dim), contiguous."""
     new, heads, kv_heads, tokens = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     group = heads // kv_heads
@@ -71,12 +72,10 @@ def torch_seconds(q: Tensor, k: Tensor, v: Tensor, checker: Checker, budget: flo
 
     checker.forward(grouped().transpose(1, 2), PEER_SLACK)
     checker.forward(by_hand().reshape(by_head.shape).transpose(1, 2), PEER_SLACK)
-    return median_seconds(grouped, budget), median_seconds(by_hand, budget)
+    return {"gqa": grouped, "packed": by_hand}
 
 
-def measure(
-    geometry: Geometry, kv_format: str, tokens: int, news: list[int], read_gbytes: float, budget: float
-) -> list[Row]:
+def measure(geometry: Geometry, kv_format: str, tokens: int, news: list[int], budget: float) -> list[Row]:
     """A row for each number of new tokens, over one cache. budget: seconds to spend on each figure."""
     queries, k, v = tensors(geometry, kv_format, tokens, max(news))
     cache = filled_cache(geometry, kv_format, k, v)
@@ -89,14 +88,17 @@ def measure(
     for new in news:
         q = queries[:, -new:].contiguous()
         checkers[new].forward(cache.attend(0, q))
-        seconds = median_seconds(partial(cache.attend, 0, q), budget)
-        gqa, packed = torch_seconds(q, torch_k, torch_v, checkers[new], budget)
+        peak = Peak("read")
+        calls: dict[str, Callable[[], object]] = {"lcore": partial(cache.attend, 0, q), "peak": peak}
+        times = median_seconds({**calls, **torch_calls(q, torch_k, torch_v, checkers[new])}, budget)
+        seconds, gqa, packed = times["lcore"], times["gqa"], times["packed"]
         rows.append({
             "kind": "decode", "kv_format": kv_format, "paged": True, "batch": 1, "tokens": tokens, "new_tokens": new,
             "heads": geometry.heads, "kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim, "ms": seconds * 1e3,
             "tokens_per_s": new / seconds, "gbytes_per_s": kv_bytes / seconds / 1e9,
-            "of_read_peak": kv_bytes / seconds / 1e9 / read_gbytes, "torch_gqa_ms": gqa * 1e3,
-            "torch_packed_ms": packed * 1e3, "speedup_gqa": gqa / seconds, "speedup_packed": packed / seconds,
+            "read_gbytes_per_s": peak.median, "of_read_peak": kv_bytes / seconds / 1e9 / peak.median,
+            "torch_gqa_ms": gqa * 1e3, "torch_packed_ms": packed * 1e3,
+            "speedup_gqa": gqa / seconds, "speedup_packed": packed / seconds,
         })  # fmt: skip
     cache.close()
     return rows
@@ -107,15 +109,15 @@ def prefill_row(geometry: Geometry, kv_format: str, tokens: int, chunk: int, bud
     q, k, v = tensors(geometry, kv_format, tokens, chunk)
     cache = filled_cache(geometry, kv_format, k, v)
     checker = Checker(q, k, v, (tokens, 0))
-    checker.forward(cache.attend(0, q))
-    paged = median_seconds(lambda: cache.attend(0, q), budget)
+    calls = {"paged": partial(cache.attend, 0, q), "contiguous": partial(lcore.attention, q, k, v, causal=True)}
+    for call in calls.values():
+        checker.forward(call())
+    times = median_seconds(calls, budget)
     cache.close()
-    checker.forward(lcore.attention(q, k, v, causal=True))
-    contiguous = median_seconds(lambda: lcore.attention(q, k, v, causal=True), budget)
     name = f"time, a chunk of {chunk} at {tokens} tokens: paged / contiguous"
     return {
         "kind": "ratio", "name": name, "dtype": kv_format, "head_dim": geometry.head_dim,
-        "ratio": paged / contiguous, "ideal": 1.0,
+        "ratio": times["paged"] / times["contiguous"], "ideal": 1.0,
     }  # fmt: skip
 
 
@@ -150,7 +152,7 @@ def main(argv: list[str]) -> None:
     for kv_format in args.kv_format:
         for tokens in args.tokens:
             print(f"{kv_format} {tokens} tokens", file=sys.stderr)
-            rows += measure(geometry, kv_format, tokens, args.new_tokens, ceilings["read_gbytes"], args.seconds)
+            rows += measure(geometry, kv_format, tokens, args.new_tokens, args.seconds)
         longest = max(args.tokens)
         rows.append(prefill_row(geometry, kv_format, longest, min(args.chunk, longest), args.seconds))
     content = result("decode", ceilings, rows)

@@ -74,7 +74,7 @@ def test_decode_rows_are_those_of_python(tmp_path):
     options = ["--tokens", "300", "--new-tokens", "1,3", "--kv-format", "fp16"]
     rows = rows_of("decode", tmp_path / "rows.json", *options)
     assert [(row["paged"], row["new_tokens"]) for row in rows] == [(True, 1), (True, 3), (False, 1)]
-    _, twin = decode.measure(decode.Geometry(4, 2, 32), "fp16", 300, [1, 3], 20.0, 0)
+    _, twin = decode.measure(decode.Geometry(4, 2, 32), "fp16", 300, [1, 3], 0)
     assert list(twin) == list(rows[1])
     for key in ("kind", "kv_format", "batch", "tokens", "new_tokens", "heads", "kv_heads", "head_dim"):
         assert rows[1][key] == twin[key]

@@ -124,7 +124,7 @@ Row describe(const Shape& shape, const Peaks& peaks, double seconds, benchmark::
     row.set("window", nullptr);
   }
   row.set("ms", seconds * 1e3).set("gflops", gflops).set("ceiling", peaks.ceiling(shape.dtype));
-  row.set("of_peak", of_peak);
+  row.set("peak_gflops", peaks.gflops(shape.dtype)).set("of_peak", of_peak);
   for (const char* key : {"torch_gflops", "torch_gqa", "speedup", "flex_speedup", "flex_error"}) row.set(key, nullptr);
   return row;
 }

@@ -139,7 +139,8 @@ Row describe(const Shape& shape, const Peaks& peaks, double seconds, benchmark::
   row.set("kind", "decode").set("kv_format", shape.format).set("paged", shape.paged).set("batch", shape.batch);
   row.set("tokens", shape.tokens).set("new_tokens", shape.new_tokens).set("heads", shape.heads);
   row.set("kv_heads", shape.kv_heads).set("head_dim", shape.head_dim).set("ms", seconds * 1e3);
-  row.set("tokens_per_s", tokens).set("gbytes_per_s", gbytes).set("of_read_peak", gbytes / peaks.read_gbytes);
+  row.set("tokens_per_s", tokens).set("gbytes_per_s", gbytes);
+  row.set("read_gbytes_per_s", peaks.read_gbytes).set("of_read_peak", gbytes / peaks.read_gbytes);
   for (const char* key : {"torch_gqa_ms", "torch_packed_ms", "speedup_gqa", "speedup_packed"}) row.set(key, nullptr);
   return row;
 }

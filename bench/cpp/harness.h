@@ -38,11 +38,13 @@ struct Peaks {
   }
 };
 
+inline constexpr int kPeakRepeats = 5;
+
 inline Peaks measure_peaks(Executor& executor) {
   const cpu::KernelTable& kernels = cpu::kernels();
-  return {.fma_gflops = kernels.peak_fma(executor) / 1e9,
-          .dot_bf16_gflops = kernels.peak_dot(executor) / 1e9,
-          .read_gbytes = kernels.peak_read(executor) / 1e9};
+  return {.fma_gflops = kernels.peak_fma(executor, kPeakRepeats) / 1e9,
+          .dot_bf16_gflops = kernels.peak_dot(executor, kPeakRepeats) / 1e9,
+          .read_gbytes = kernels.peak_read(executor, kPeakRepeats) / 1e9};
 }
 
 inline std::string processor() {

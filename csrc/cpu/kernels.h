@@ -24,9 +24,10 @@ struct KernelTable {
   void (*merge_states)(const MergeParams&, Executor&);
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);
-  double (*peak_fma)(Executor&);   // float32 operations a second
-  double (*peak_dot)(Executor&);   // bfloat16 dot-product operations a second, 0 where there is no such instruction
-  double (*peak_read)(Executor&);  // bytes a second
+  double (*peak_fma)(Executor&, int repeats);  // float32 operations a second
+  double (*peak_dot)(Executor&,
+                     int repeats);  // bfloat16 dot-product operations a second, 0 where there is no such instruction
+  double (*peak_read)(Executor&, int repeats);  // bytes a second
 };
 
 // The best table this machine can run, or the one LCORE_CPU_ISA names. Throws std::invalid_argument when that variable

@@ -12,9 +12,9 @@ void cache_append(const CacheAppendParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void rope(const RopeParams&, Executor&);
-double peak_fma(Executor&);
-double peak_dot(Executor&);
-double peak_read(Executor&);
+double peak_fma(Executor&, int);
+double peak_dot(Executor&, int);
+double peak_read(Executor&, int);
 
 extern const KernelTable kTable;
 const KernelTable kTable = {LCORE_STRING(LCORE_ISA),

@@ -16,16 +16,16 @@ struct TileSize {
   int keys;  // divides kSpan
 };
 
-// K and V of a block of keys, Q, the scores and the output of a tile of rows stand in L2 together, in 512 KB (256 KB
-// where two threads share it); sizes are of float. More keys a block cost each row fewer running maxima.
+// K and V of a block of keys, Q, the scores and the output of a tile of rows stand in L2 (512 KB) together; sizes are
+// of float. More keys a block cost each row fewer running maxima and each sum fewer loads and stores of its output.
 constexpr TileSize forward_tile(int head_dim) {
-  if (head_dim <= 64) return {96, 256};   // 64 + 64 + 24 + 96 + 24 = 272 KB
-  if (head_dim <= 128) return {96, 128};  // 64 + 64 + 48 + 48 + 48 = 272 KB
-  if (head_dim <= 256) return {48, 128};  // 128 + 128 + 48 + 24 + 48 = 376 KB
-  return {48, 64};                        // d 512: 128 + 128 + 96 + 12 + 96 = 460 KB
+  if (head_dim <= 64) return {48, 256};   // 64 + 64 + 12 + 51 + 12 = 203 KB
+  if (head_dim <= 128) return {48, 256};  // 128 + 128 + 24 + 51 + 24 = 355 KB
+  if (head_dim <= 256) return {48, 128};  // 128 + 128 + 48 + 27 + 48 = 379 KB
+  return {48, 64};                        // d 512: 128 + 128 + 96 + 15 + 96 = 463 KB
 }
 
-// Rows of an item: all of them use a block of keys once it is packed, which costs what 10 rows of products do.
+// Rows of an item: all of them use a block of keys once it is packed, which costs what 20 rows of products do.
 inline constexpr int kMostItemRows = 2048;
 
 // Scratch of all workers together: what attention may take beyond its inputs and outputs.

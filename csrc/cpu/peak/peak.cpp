@@ -12,12 +12,11 @@
 namespace lcore::cpu::LCORE_ISA {
 namespace {
 
-constexpr int kRepeats = 5;  // the best of them: anything else that runs only makes a ceiling lower
-
+// The best of `repeats`: anything else that runs only makes a ceiling lower.
 template <class Body>
-double best_rate(double work, Executor& executor, const Body& body) {
+double best_rate(double work, Executor& executor, int repeats, const Body& body) {
   double best = 0;
-  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+  for (int repeat = 0; repeat < repeats; ++repeat) {
     const auto start = std::chrono::steady_clock::now();
     executor.run(executor.workers(), body);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -28,13 +27,13 @@ double best_rate(double work, Executor& executor, const Body& body) {
 
 // Operations a second of the arithmetic's steps.
 template <class M>
-double peak_steps(Executor& executor) {
+double peak_steps(Executor& executor, int repeats) {
   constexpr int kChains = 12;  // cover the latency of two units
   constexpr int64_t kSteps = 20'000'000;
   using In = typename M::In;
   std::vector<float> sinks(executor.workers() * kLanes<float>);
   const double work = 2.0 * M::kPair * kChains * kLanes<float> * kSteps * executor.workers();
-  return best_rate(work, executor, [&](int64_t item, int) {
+  return best_rate(work, executor, repeats, [&](int64_t item, int) {
     Vec<float> acc[kChains];
     for (int i = 0; i < kChains; ++i) {
       acc[i] = splat(static_cast<float>(i));
@@ -54,22 +53,22 @@ double peak_steps(Executor& executor) {
 
 }  // namespace
 
-double peak_fma(Executor& executor) { return peak_steps<Widened<float>>(executor); }
+double peak_fma(Executor& executor, int repeats) { return peak_steps<Widened<float>>(executor, repeats); }
 
-double peak_dot(Executor& executor) {
+double peak_dot(Executor& executor, int repeats) {
   if constexpr (!kHasBF16Pairs) return 0;
-  return peak_steps<BF16Pairs>(executor);
+  return peak_steps<BF16Pairs>(executor, repeats);
 }
 
 // Bytes read a second, from 256 MB a worker.
-double peak_read(Executor& executor) {
+double peak_read(Executor& executor, int repeats) {
   constexpr int64_t kFloats = int64_t{64} << 20;
   const Scratch memory(bytes_of<float>(kFloats), executor.workers());
   for (int worker = 0; worker < executor.workers(); ++worker) {
     std::fill_n(memory.of<float>(worker), kFloats, 1.0f);
   }
   std::vector<float> sinks(executor.workers() * kLanes<float>);
-  return best_rate(4.0 * kFloats * executor.workers(), executor, [&](int64_t item, int) {
+  return best_rate(4.0 * kFloats * executor.workers(), executor, repeats, [&](int64_t item, int) {
     const float* data = memory.of<float>(item);
     Vec<float> total[4] = {};
     for (int64_t i = 0; i < kFloats; i += 4 * kLanes<float>) {
