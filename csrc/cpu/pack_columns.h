@@ -76,6 +76,7 @@ inline void pack_columns(const RowsIn& in, int rows, int dim, typename M::In* pa
       const bool square = (first + r) % kLane == 0 && r + kLane <= rows && in.col_stride == 1;
       const int count = square ? kLane : 1;
       const Element* block = src + r * in.row_stride;
+      for (int i = 0; i < count; ++i) prefetch_ahead(in, src, r + i, rows, dim);
       const PanelColumns<In> out = in_panels(panels, depth, cols, first + r);
       int s = 0;
       if constexpr (kHasSquares<M, Element>) {

@@ -60,6 +60,7 @@ inline void pack_rows(const RowsIn& in, int rows, int dim, typename M::In* panel
     for (; r < rows; r += 2) {
       const BFloat16* row = src + r * in.row_stride;
       const bool both = r + 1 < rows;
+      for (int i = 0; i < 2; ++i) prefetch_ahead(in, src, r + i, rows, dim);
       for_each_vector(panels, depth, cols, (first + r) / 2, [&](In* pair, int c) {
         const Vec<In> low = load_bits(row, in.col_stride, c, dim);
         store(pair, both ? low | load_bits(row + in.row_stride, in.col_stride, c, dim) << 16 : low);
@@ -69,7 +70,7 @@ inline void pack_rows(const RowsIn& in, int rows, int dim, typename M::In* panel
     with_type(in.data, in.type, [&](const auto* src) {
       for (int r = 0; r < rows; ++r) {
         const auto* row = src + r * in.row_stride;
-        if (r + kRowsAhead < rows) prefetch_row(row + kRowsAhead * in.row_stride, dim);
+        prefetch_ahead(in, src, r, rows, dim);
         for_each_vector(panels, depth, cols, first + r,
                         [&](In* place, int c) { store(place, load_columns<In>(row, in.col_stride, c, dim)); });
       }

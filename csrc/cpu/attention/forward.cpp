@@ -1,6 +1,6 @@
 // Attention forward: out_i = sum_j softmax_j(score(q_i, k_j)) v_j over the keys j that i may see, lse_i = ln sum_j
 // exp(score). Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention, Algorithm 1).
-// Blocking: a work item is up to 2048 query rows of one kv head (all heads of its group); it walks over blocks of keys,
+// Blocking: a work item is up to 1024 query rows of one kv head (all heads of its group); it walks over blocks of keys,
 // each packed once into L2 and used by the item's tiles of 48 rows in turn. The surprising idea: keys are reduced in
 // spans cut at absolute multiples of kSpan, each from a fresh state, and merged in order. An item may do its spans one
 // after another or leave them to several workers; the bits are the same, for one token as for a whole prompt.
@@ -59,8 +59,8 @@ struct Plan {
     }
     // No item needs more than the longest sequence; eight items a worker balance well where sequences alone do not.
     const int64_t bytes = bytes_of<T>(ld_q + 2 * ld_dim_v);
-    const int64_t most =
-        std::max<int64_t>(std::min<int64_t>(kMostItemRows, kMostScratchBytes / workers / bytes), tile.rows);
+    const int64_t most = std::max<int64_t>(
+        std::min<int64_t>(most_item_rows(p.head_dim), kMostScratchBytes / workers / bytes), tile.rows);
     const bool many = p.batch * p.kv_heads >= 4 * workers;
     const int64_t wanted = many ? most : std::clamp<int64_t>(all / (8 * workers), tile.rows, most);
     rows = static_cast<int>(std::min(longest, (wanted + tile.rows - 1) / tile.rows * tile.rows));

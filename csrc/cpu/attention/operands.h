@@ -53,8 +53,9 @@ template <class Fn>
 inline void for_each_run(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
                          const Fn& fn) {
   for (int done = 0; done < keys;) {
-    const Run run = run_at(p, value, s, begin + done);
+    Run run = run_at(p, value, s, begin + done);
     const int count = static_cast<int>(std::min<int64_t>(keys - done, run.count));
+    if (begin + done + count < s.k_len) run.rows.next = run_at(p, value, s, begin + done + count).rows.data;
     fn(run.rows, done, count);
     done += count;
   }
@@ -86,7 +87,7 @@ inline void load_query_tile(const Strided& x, DType type, const Sequence& s, int
       for (int r = 0; r < count; ++r) {
         typename M::In* dst = tile + int64_t{offset + r} * ld;
         const auto* from = src + r * run.row_stride;
-        if (r + kRowsAhead < count) prefetch_row(from + kRowsAhead * run.row_stride, cols);
+        prefetch_ahead(run, src, r, count, cols);
         if constexpr (M::kPair == 2) {
           const auto* bits = reinterpret_cast<const BFloat16*>(from);
           for (int i = 0; i < div_up(cols, 2); ++i) dst[i] = step_of<M>(bits, run.col_stride, i, cols);
