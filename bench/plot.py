@@ -72,3 +72,25 @@ def draw_decode(result: dict[str, Any], path: str) -> None:
     figure, axes = _figure(f"decode, {fewest} new: {result['machine']['processor']}", "GB/s of keys and values")
     _lines(axes, rows, ("kv_format",), "tokens", "gbytes_per_s", "torch_gbytes_per_s")
     _finish(figure, axes, {"read bandwidth": result["peaks"]["read_gbytes"]}, path)
+
+
+def draw_cache(result: dict[str, Any], path: str) -> None:
+    """Mean KL divergence over bits a value, a point a format; rotated ones beside them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(title="what a format loses", xlabel="bits a value", ylabel="mean KL divergence")
+    bits = {row["kv_format"]: row["bits_per_value"] for row in result["rows"] if row["kind"] == "cache_speed"}
+    for rotate, style in ((False, "o"), (True, "x")):
+        rows = [row for row in result["rows"] if row["kind"] == "cache_quality" and row["rotate"] == rotate]
+        points = [(bits[row["kv_format"]], row["kl_mean"], row["kv_format"]) for row in rows if row["kl_mean"] > 0]
+        if points:
+            axes.plot(
+                [x for x, _, _ in points], [y for _, y, _ in points], style, label="rotated" if rotate else "plain"
+            )
+        for x, y, name in points:
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)

@@ -25,6 +25,10 @@ def _show(key: str, form: str = "{}") -> Callable[[Row], str]:
     return lambda row: "" if row[key] is None else form.format(row[key])
 
 
+def _yes(key: str) -> Callable[[Row], str]:
+    return lambda row: "yes" if row[key] else ""
+
+
 def _heads(row: Row) -> str:
     heads, kv_heads = row["heads"], row["kv_heads"]
     return str(heads) if heads == kv_heads else f"{heads}/{kv_heads}"
@@ -67,6 +71,22 @@ COLUMNS: dict[str, list[Column]] = {
         ("ms", _show("ms", "{:.2f}")), ("tokens/s", _show("tokens_per_s", "{:.0f}")),
         ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of read peak", _show("of_read_peak", "{:.0%}")),
         ("over enable_gqa", _show("speedup_gqa", "{:.1f}×")), ("over packed heads", _show("speedup_packed", "{:.2f}×")),
+    ],
+    "cache_speed": [
+        ("format", _show("kv_format")), ("tokens", _show("tokens")), ("heads", _heads), ("head_dim", _show("head_dim")),
+        ("bits a value", _show("bits_per_value", "{:.2f}")), ("MB", _show("mbytes", "{:.1f}")),
+        ("decode ms", _show("decode_ms", "{:.2f}")), ("tokens/s", _show("tokens_per_s", "{:.0f}")),
+        ("over bf16", _show("decode_speedup", "{:.2f}×")), ("chunk", _show("chunk")),
+        ("chunk ms", _show("chunk_ms", "{:.0f}")), ("time over bf16", _show("chunk_ratio", "{:.2f}×")),
+    ],
+    "cache_outliers": [
+        ("format", _show("kv_format")), ("rotated", _yes("rotate")), ("error of the output", _show("error", "{:.2%}")),
+    ],
+    "cache_quality": [
+        ("format", _show("kv_format")), ("rotated", _yes("rotate")), ("tokens", _show("tokens")),
+        ("mean KL", _show("kl_mean", "{:.6f}")), ("99 % KL", _show("kl_99", "{:.5f}")),
+        ("same best token", _show("same_top_1", "{:.2%}")), ("perplexity", _show("perplexity", "{:.4f}")),
+        ("change", _show("perplexity_change", "{:+.3%}")),
     ],
     "memory": [
         *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),

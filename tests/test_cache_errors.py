@@ -40,22 +40,21 @@ NEW = [
     ({"page_size": None}, TypeError, "page_size must be an integer in [1, 4096], got None"),
     ({"dtype": torch.float64}, TypeError, "dtype must be float32, float16 or bfloat16, got torch.float64"),
     ({"dtype": "bf16"}, TypeError, "dtype must be float32, float16 or bfloat16, got bf16"),
-    ({"kv_format": "fp64"}, ValueError, "kv_format must be one of 'fp32', 'fp16', 'bf16', got 'fp64'"),
+    ({"kv_format": "fp64"}, ValueError, "kv_format must be one of 'fp32', 'fp16', 'bf16', 'fp8', 'int8', 'int4', 'int2', got 'fp64'"),
     ({"kv_format": 16}, TypeError, "kv_format must be a format name, or a pair of names (k, v), got 16"),
     ({"kv_format": ("bf16",) * 3}, TypeError,
      "kv_format must be a format name, or a pair of names (k, v), got ('bf16', 'bf16', 'bf16')"),
+    ({"kv_format": "int4", "page_size": 48}, ValueError,
+     "page_size must be one of (16, 32, 64, 128, 256) with kv_format 'int4', 'int4', got 48"),
+    ({"rotate": 1}, TypeError, "rotate must be a bool, got 1"),
     ({"max_bytes": -1}, ValueError, "max_bytes must be an integer >= 0, got -1"),
     ({"max_bytes": 1e9}, TypeError, "max_bytes must be an integer >= 0, got 1000000000.0"),
     ({"device": "warp"}, ValueError, "device must be a torch device, got warp"),
 ]  # fmt: skip
 
 MISSING = [
-    *(({"kv_format": name}, f"kv_format '{name}' has no kernels yet; use one of 'fp32', 'fp16', 'bf16'")
-      for name in ("fp8", "int8", "int4", "int2")),
-    ({"kv_format": ("bf16", "int4")}, "kv_format 'int4' has no kernels yet; use one of 'fp32', 'fp16', 'bf16'"),
     ({"device": "cuda"}, "no kernels for device cuda yet; use device='cpu'"),
     ({"device": torch.device("meta")}, "no kernels for device meta yet; use device='cpu'"),
-    ({"rotate": True}, "no kernels for rotate=True yet; use rotate=False"),
     ({"policy": object()}, "no eviction policies yet; use policy=None, and crop"),
 ]  # fmt: skip
 
@@ -124,7 +123,7 @@ OTHER = [
     ("bytes_per_token", (0, 2, 8), ValueError, "num_layers must be an integer >= 1, got 0"),
     ("bytes_per_token", (1, "2", 8), TypeError, "num_kv_heads must be an integer >= 1, got '2'"),
     ("bytes_per_token", (1, 2, 1024), ValueError, "head_dim must be an integer in [1, 512], got 1024"),
-    ("bytes_per_token", (1, 2, 8, "int4"), NotImplementedError, None),
+    ("bytes_per_token", (1, 2, 8, "int3"), ValueError, None),
 ]
 
 

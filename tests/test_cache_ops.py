@@ -119,7 +119,7 @@ COMMON = [
     ("tail_v", lambda x: x[:, :1].contiguous(), "batch, kv_heads"),
     ("tail_v", lambda x: x.half(), "dtype"),
     ("tail_v", lambda x: x.int(), "dtype"),
-    ("k_format", lambda x: "int4", "format"),
+    ("k_format", lambda x: "int3", "format"),
     ("v_format", lambda x: "", "format"),
     ("v_format", lambda x: "bf16", "pages of"),
     ("page_size", lambda x: 0, "page_size"),

@@ -30,13 +30,19 @@ KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, c
           "the tails must hold page_size = " + std::to_string(page_size) + " tokens, got " + shape_text(tail_k));
 
   KvPages pages{};
-  pages.k_type = format_of(k_format);
-  pages.v_type = format_of(v_format);
+  pages.k_format = format_of(k_format);
+  pages.v_format = format_of(v_format);
   pages.pool = static_cast<const uint8_t*>(pool.data_ptr());
   pages.page_bytes = pool.size(1);
   pages.page_size = page_size;
-  pages.v_offset = page_v_offset(page_size, tail_k.size(3), pages.k_type);
-  const int64_t wanted = page_bytes(page_size, tail_k.size(3), tail_v.size(3), pages.k_type, pages.v_type);
+  pages.v_offset = page_side(pages.k_format, false, page_size, tail_k.size(3)).bytes;
+  const int64_t wanted = pages.v_offset + page_side(pages.v_format, true, page_size, tail_v.size(3)).bytes;
+  const bool codable = page_size >= 16 && page_size <= 256 && (page_size & (page_size - 1)) == 0;
+  require(pages.plain() || codable, op,
+          "page_size must be a power of two in 16 .. 256 for coded pages, got " + std::to_string(page_size));
+  require(
+      pages.plain() || (tail_k.scalar_type() != ScalarType::Double && tail_k.size(3) <= 512 && tail_v.size(3) <= 512),
+      op, "coded pages must have tails of float32, float16 or bfloat16 and a head_dim of at most 512");
   require(pages.page_bytes == wanted, op,
           "pool must have pages of " + std::to_string(wanted) + " bytes, got " + std::to_string(pages.page_bytes));
   pages.page_table = static_cast<const int32_t*>(page_table.data_ptr());

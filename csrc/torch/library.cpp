@@ -27,11 +27,15 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-DType format_of(const std::string& name) {
-  if (name == "fp32") return DType::kFloat32;
-  if (name == "fp16") return DType::kFloat16;
-  if (name == "bf16") return DType::kBFloat16;
-  STD_TORCH_CHECK(false, "lcore: a page format must be fp32, fp16 or bf16, got ", name);
+PageFormat format_of(const std::string& name) {
+  constexpr std::pair<const char*, PageFormat> kFormats[] = {
+      {"fp32", PageFormat::kFloat32}, {"fp16", PageFormat::kFloat16}, {"bf16", PageFormat::kBFloat16},
+      {"fp8", PageFormat::kFloat8},   {"int8", PageFormat::kInt8},    {"int4", PageFormat::kInt4},
+      {"int2", PageFormat::kInt2}};
+  for (const auto& [known, format] : kFormats) {
+    if (name == known) return format;
+  }
+  STD_TORCH_CHECK(false, "lcore: a page format must be fp32, fp16, bf16, fp8, int8, int4 or int2, got ", name);
 }
 
 Strided strided(const Tensor& tensor) {

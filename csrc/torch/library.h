@@ -36,9 +36,9 @@ consteval bool check_kernel(R (*)(A...)) {
 }
 #define LCORE_BOX(fn) (static_cast<void>(::lcore::check_kernel(&fn)), TORCH_BOX(&fn))
 
-DType dtype_of(const Tensor& tensor);      // throws for an element type that no kernel knows
-DType format_of(const std::string& name);  // "fp32", "fp16", "bf16"
-Strided strided(const Tensor& tensor);     // (batch, seq, heads, dim) or (tokens, heads, dim)
+DType dtype_of(const Tensor& tensor);           // throws for an element type that no kernel knows
+PageFormat format_of(const std::string& name);  // "fp32" to "int2"
+Strided strided(const Tensor& tensor);          // (batch, seq, heads, dim) or (tokens, heads, dim)
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape,
                   std::optional<torch::headeronly::ScalarType> type = std::nullopt);
 std::string shape_text(const Tensor& tensor);  // "(2, 3)"

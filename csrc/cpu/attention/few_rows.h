@@ -69,7 +69,7 @@ struct FewRows {
     if (begin >= s.k_len) return {static_cast<const char*>(p.q.data), 0};
     const Run run = run_at(p, value, s, begin);
     const int64_t row = run.rows.row_stride * static_cast<int64_t>(size_of(run.rows.type));
-    return {static_cast<const char*>(run.rows.data), count * row / steps};
+    return {static_cast<const char*>(run.rows.data), count * row / std::max<int64_t>(1, steps)};
   }
 
   // scores = Q K^T; `panels` has room for kFewKeys.
@@ -96,7 +96,7 @@ struct FewRows {
 
   // out <- rescale out + weights V, a run of keys after another.
   void multiply_values(const MatrixA<In>& weights, const Out* rescale, Out* out, int ld) const {
-    for_each_run(p, true, s, key, keys, [&](const RowsIn& run, int offset, int count) {
+    for_each_run(p, true, s, key, keys, nullptr, [&](const RowsIn& run, int offset, int count) {
       with_type(run.data, run.type, [&](const auto* data) {
         using Element = std::remove_cvref_t<decltype(*data)>;
         constexpr bool kReads = std::is_same_v<M, BF16Pairs> ? std::is_same_v<Element, BFloat16>

@@ -11,6 +11,7 @@
 
 #include "core/executor.h"
 #include "cpu/attention/block.h"
+#include "cpu/attention/coded.h"
 #include "cpu/attention/few_rows.h"
 #include "cpu/attention/operands.h"
 #include "cpu/attention/softmax.h"
@@ -32,7 +33,9 @@ struct Buffers {
   typename M::In* weights;  // [tile.rows][ld_scores / kPair]: the scores' own memory where M widens
   T* new_max;               // [tile.rows]
   T* rescale;               // [tile.rows]
-  State<T> total;           // of all rows
+  float* expanded;          // rows of a block whose pages are coded and not read as such
+  CodedScratch coded;
+  State<T> total;  // of all rows
   State<T> span;
 };
 
@@ -65,10 +68,13 @@ struct Plan {
     const int64_t wanted = many ? most : std::clamp<int64_t>(all / (8 * workers), tile.rows, most);
     rows = static_cast<int>(std::min(longest, (wanted + tile.rows - 1) / tile.rows * tile.rows));
     tile.rows = std::min(tile.rows, rows);
+    if (has_codes(p)) tile.keys = std::max(tile.keys, static_cast<int>(p.pages->page_size));  // blocks of whole pages
     ld_scores = odd_lines<T>(static_cast<int>(std::min<int64_t>(tile.keys, longest_keys)));
   }
 
-  bool few_rows() const { return rows <= kTileRows; }  // few_rows.h
+  // Whether keys and values are read in place, few_rows.h; coded pages are in any case.
+  bool few_rows(const AttentionParams& p) const { return rows <= kTileRows && !has_codes(p); }
+  static bool has_codes(const AttentionParams& p) { return p.pages != nullptr && !p.pages->plain(); }
 
   MatrixA<In> queries(const Buffers<M>& b, int first) const { return {b.q + int64_t{first} * ld_q, ld_q, 1}; }
   MatrixA<In> weights(const Buffers<M>& b) const { return {b.weights, ld_scores / M::kPair, 1}; }
@@ -81,7 +87,7 @@ struct Plan {
     };
     Buffers<M> b{};
     b.q = arena.take<In>(int64_t{rows} * ld_q);
-    b.keys = arena.take<In>(int64_t{div_up(p.head_dim, M::kPair)} * (few_rows() ? kFewKeys<In> : tile.keys));
+    b.keys = arena.take<In>(int64_t{div_up(p.head_dim, M::kPair)} * (few_rows(p) ? kFewKeys<In> : tile.keys));
     b.values = arena.take<In>(int64_t{ld_dim_v} * tile.keys / M::kPair);
     b.scores = arena.take<T>(int64_t{tile.rows} * ld_scores);
     if constexpr (M::kPair == 1) {
@@ -91,6 +97,10 @@ struct Plan {
     }
     b.new_max = arena.take<T>(padded);
     b.rescale = arena.take<T>(padded);
+    if (has_codes(p)) {
+      b.expanded = arena.take<float>(int64_t{tile.keys} * std::max(p.head_dim, p.head_dim_v));
+      b.coded = CodedScratch::lay_out(tile.rows, p.pages->page_size, p.head_dim, p.head_dim_v, arena);
+    }
     b.total = state();
     b.span = state();
     return b;
@@ -142,18 +152,45 @@ void weigh(const AttentionParams& p, const Plan<M>& plan, const Block& block, co
   }
 }
 
-// out <- rescale out + weights V with b.values, whose numbers are all finite or not.
+// out <- rescale out + weights V with b.values, the panels of the block's keys from `first` on.
 template <class M>
-void multiply_values(const AttentionParams& p, const Plan<M>& plan, const Block& block, bool finite,
+void multiply_values(const AttentionParams& p, const Plan<M>& plan, const Block& block, int first, bool finite,
                      const Buffers<M>& b, typename M::Out* out) {
   const int ld = plan.ld_dim_v;
+  MatrixA<typename M::In> weights = plan.weights(b);
+  weights.data += first / M::kPair;
   if (block.whole) {
     const int depth = div_up(block.keys, M::kPair);
-    gemm<M, Accumulate::kScaleAndAdd>(plan.weights(b), b.values, depth, {0, depth}, out, ld, block.rows, ld, b.rescale);
+    gemm<M, Accumulate::kScaleAndAdd>(weights, b.values, depth, {0, depth}, out, ld, block.rows, ld, b.rescale);
   } else {
     gemm_masked<M, Accumulate::kScaleAndAdd>(
-        plan.weights(b), b.values, block.keys, finite, out, ld, block.rows, ld,
+        weights, b.values, block.keys, finite, out, ld, block.rows, ld,
         [&](int r, int count) { return block.keys_seen(p, r, count); }, b.rescale);
+  }
+}
+
+// The scores of a block that begins with coded keys.
+template <class M>
+void score_codes([[maybe_unused]] const Plan<M>& plan, [[maybe_unused]] const Block& block,
+                 [[maybe_unused]] const CodedPages& pages, [[maybe_unused]] int at,
+                 [[maybe_unused]] const Buffers<M>& b) {
+  if constexpr (std::is_same_v<M, Widened<float>>) {
+    pages.multiply_keys(block, plan.queries(b, at).data, plan.ld_q, b.coded, b.scores, plan.ld_scores);
+  }
+}
+
+// out <- rescale out + weights V over the coded keys; the block's others are worth what they are from here on.
+template <class M>
+void add_codes([[maybe_unused]] const Plan<M>& plan, [[maybe_unused]] const Block& block,
+               [[maybe_unused]] const CodedPages& pages, [[maybe_unused]] const Buffers<M>& b,
+               [[maybe_unused]] typename M::Out* out) {
+  if constexpr (std::is_same_v<M, Widened<float>>) {
+    for (int r = 0; r < block.rows; ++r) {
+      float* row = out + int64_t{r} * plan.ld_dim_v;
+      for (int c = 0; c < plan.ld_dim_v; c += kLanes<float>) store(row + c, load(row + c) * b.rescale[r]);
+      b.rescale[r] = 1;
+    }
+    pages.add_values(block, b.weights, plan.ld_scores, b.coded, out, plan.ld_dim_v, plan.tile.keys);
   }
 }
 
@@ -162,10 +199,14 @@ template <class M>
 void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& item, int64_t key, int keys,
                   const Buffers<M>& b) {
   const Sequence& s = item.sequence;
-  const bool few = plan.few_rows();
+  // Keys that stand in coded pages come first; the rest is packed.
+  const CodedPages k_codes{p, s, key, CodedPages::count(p, s, false, key, keys), false};
+  const CodedPages v_codes{p, s, key, CodedPages::count(p, s, true, key, keys), true};
+  const int k_first = k_codes.keys, v_first = v_codes.keys;
+  const bool few = plan.few_rows(p);
   const bool in_place = few && values_in_place<M>(p, keys);
-  if (!few) pack_keys_as_columns<M>(p, false, s, key, keys, b.keys);
-  if (!in_place) pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
+  if (!few) pack_keys_as_columns<M>(p, false, s, key + k_first, keys - k_first, b.keys, b.expanded);
+  if (!in_place) pack_keys_as_rows<M>(p, true, s, key + v_first, keys - v_first, b.values, b.expanded);
   std::optional<bool> finite;  // asked for where the mask cuts the block
   for (int first = 0; first < item.rows; first += plan.tile.rows) {
     const Block block(p, s, item.row + first, std::min(plan.tile.rows, item.rows - first), key, keys, true);
@@ -176,7 +217,9 @@ void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& ite
     if (few) {
       few_rows.multiply_keys(plan.queries(b, at), b.keys, b.scores, plan.ld_scores);
     } else {
-      multiply_by_columns<M>(p, block, plan.queries(b, at), b.keys, div_up(p.head_dim, M::kPair), b.scores,
+      if (k_first > 0) score_codes(plan, block, k_codes, at, b);
+      const Block rest(p, s, block.row, block.rows, key + k_first, keys - k_first);
+      multiply_by_columns<M>(p, rest, plan.queries(b, at), b.keys, div_up(p.head_dim, M::kPair), b.scores + k_first,
                              plan.ld_scores);
     }
     weigh(p, plan, block, state, b);
@@ -185,10 +228,13 @@ void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& ite
       continue;
     }
     if (in_place) pack_keys_as_rows<M>(p, true, s, key, keys, b.values);
+    if (v_first > 0) add_codes(plan, block, v_codes, b, state.out);
+    if (v_first == keys) continue;
     if (!block.whole && !finite.has_value()) {
-      finite = all_finite(b.values, int64_t{div_up(keys, M::kPair)} * plan.ld_dim_v);
+      finite = all_finite(b.values, int64_t{div_up(keys - v_first, M::kPair)} * plan.ld_dim_v);
     }
-    multiply_values(p, plan, block, finite.value_or(true), b, state.out);
+    const Block rest(p, s, block.row, block.rows, key + v_first, keys - v_first);
+    multiply_values(p, plan, rest, v_first, finite.value_or(true), b, state.out);
   }
 }
 

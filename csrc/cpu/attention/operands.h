@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/attention/expand.h"
 #include "cpu/attention/sequence.h"
 #include "cpu/pack_columns.h"
 #include "cpu/rows.h"
@@ -15,7 +16,8 @@ namespace lcore::cpu::LCORE_ISA {
 // Whether q, k and v are bfloat16 wherever they lie, so that products may run on pairs.
 inline bool in_bfloat16(const AttentionParams& p) {
   const auto is = [](DType type) { return type == DType::kBFloat16; };
-  return is(p.type) && (p.pages == nullptr || (is(p.pages->k_type) && is(p.pages->v_type)));
+  const auto stored = [](PageFormat format) { return format == PageFormat::kBFloat16; };
+  return is(p.type) && (p.pages == nullptr || (stored(p.pages->k_format) && stored(p.pages->v_format)));
 }
 
 // The row of key `key`, and how many keys from it on lie at equal distances.
@@ -24,7 +26,9 @@ struct Run {
   int64_t count;
 };
 
-inline Run run_at(const AttentionParams& p, bool value, const Sequence& s, int64_t key) {
+// Rows of a coded page are expanded into `expanded`, of which there is a block's worth where any page is coded.
+inline Run run_at(const AttentionParams& p, bool value, const Sequence& s, int64_t key, int64_t most = 0,
+                  float* expanded = nullptr) {
   const auto at = [](const void* data, DType type, int64_t index, int64_t row, int64_t col) {
     const auto size = static_cast<int64_t>(size_of(type));
     return RowsIn{static_cast<const char*>(data) + index * size, type, row, col};
@@ -42,7 +46,11 @@ inline Run run_at(const AttentionParams& p, bool value, const Sequence& s, int64
   if (page < s.k_len / pages.page_size) {
     const int64_t id = pages.page_table[slot * pages.table_width + page];
     const uint8_t* codes = pages.pool + id * pages.page_bytes + (value ? pages.v_offset : 0);
-    return {at(codes, value ? pages.v_type : pages.k_type, in_page * dim, dim, 1), count};
+    const PageFormat format = pages.format(value);
+    if (is_plain(format)) return {at(codes, plain_type(format), in_page * dim, dim, 1), count};
+    const int rows = static_cast<int>(std::min(count, most));
+    expand_rows(format, value, codes, pages.page_size, static_cast<int>(dim), in_page, rows, expanded);
+    return {at(expanded, DType::kFloat32, 0, dim, 1), rows};
   }
   const void* tail = value ? pages.tail_v : pages.tail_k;
   return {at(tail, p.type, (slot * pages.page_size + in_page) * dim, dim, 1), count};
@@ -51,11 +59,12 @@ inline Run run_at(const AttentionParams& p, bool value, const Sequence& s, int64
 // Rows of K or V as runs of equal stride: fn(rows, offset of the run's first key from `begin`, keys in the run).
 template <class Fn>
 inline void for_each_run(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
-                         const Fn& fn) {
+                         float* expanded, const Fn& fn) {
+  const bool plain = p.pages == nullptr || is_plain(p.pages->format(value));
   for (int done = 0; done < keys;) {
-    Run run = run_at(p, value, s, begin + done);
+    Run run = run_at(p, value, s, begin + done, keys - done, expanded);
     const int count = static_cast<int>(std::min<int64_t>(keys - done, run.count));
-    if (begin + done + count < s.k_len) run.rows.next = run_at(p, value, s, begin + done + count).rows.data;
+    if (plain && begin + done + count < s.k_len) run.rows.next = run_at(p, value, s, begin + done + count).rows.data;
     fn(run.rows, done, count);
     done += count;
   }
@@ -111,10 +120,10 @@ inline void pack_query_rows(const Strided& x, DType type, const Sequence& s, int
 // Keys [begin, begin + keys) of K as columns of panels over head_dim.
 template <class M>
 inline void pack_keys_as_columns(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
-                                 typename M::In* panels) {
+                                 typename M::In* panels, float* expanded = nullptr) {
   const int dim = value ? p.head_dim_v : p.head_dim;
   const int cols = round_up_lanes<typename M::In>(keys);
-  for_each_run(p, value, s, begin, keys, [&](const RowsIn& rows, int offset, int count) {
+  for_each_run(p, value, s, begin, keys, expanded, [&](const RowsIn& rows, int offset, int count) {
     pack_columns<M>(rows, count, dim, panels, cols, offset);
   });
 }
@@ -122,9 +131,9 @@ inline void pack_keys_as_columns(const AttentionParams& p, bool value, const Seq
 // Keys [begin, begin + keys) of K or V as steps of panels over its columns; an odd last key is paired with zeros.
 template <class M>
 inline void pack_keys_as_rows(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
-                              typename M::In* panels) {
+                              typename M::In* panels, float* expanded = nullptr) {
   const int dim = value ? p.head_dim_v : p.head_dim;
-  for_each_run(p, value, s, begin, keys, [&](const RowsIn& rows, int offset, int count) {
+  for_each_run(p, value, s, begin, keys, expanded, [&](const RowsIn& rows, int offset, int count) {
     pack_rows<M>(rows, count, dim, panels, div_up(keys, M::kPair), round_up_lanes<typename M::In>(dim), offset);
   });
 }

@@ -1,14 +1,16 @@
 // Append to a paged KV cache: new tokens go to the tail; when they complete a page, the tail's and the new tokens are
-// written to it together, once, rounded to nearest even. So a page's bytes depend on its tokens alone, not on how they
-// arrived. One item a (sequence, kv head): their tails, pages and lengths are disjoint.
+// written to it together, once: rounded to nearest even, or coded (encode.h). So a page's bytes depend on its tokens
+// alone, not on how they arrived. One item a (sequence, kv head): their tails, pages and lengths are disjoint.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "core/cache_append.h"
 #include "core/executor.h"
+#include "cpu/cache/encode.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
@@ -55,9 +57,9 @@ void copy_rows(const RowsIn& in, int64_t rows, int cols, void* out, DType out_ty
 struct Side {
   RowsIn fresh;  // the new tokens
   int dim;
-  char* tail;          // [page_size][dim]
-  DType format;        // of the pages
-  int64_t page_begin;  // bytes from a page's start to these codes, and to the end of their padding
+  char* tail;  // [page_size][dim]
+  bool value;
+  int64_t page_begin;  // bytes from a page's start to this side, and to its end
   int64_t page_end;
 };
 
@@ -70,7 +72,26 @@ RowsIn from_row(const RowsIn& rows, int64_t row) {
   return {static_cast<const char*>(rows.data) + offset, rows.type, rows.row_stride, rows.col_stride};
 }
 
-void append(const CacheAppendParams& p, const Side& side, int64_t slot, int64_t count) {
+// A page from the tail's and the new tokens. `rows` is scratch for a page of float rows, used where they are coded.
+void fill_page(const CacheAppendParams& p, const Side& side, uint8_t* page, const RowsIn& waiting, int64_t count,
+               const RowsIn& fresh, float* rows) {
+  const KvPages& pages = p.pages;
+  const PageFormat format = pages.format(side.value);
+  char* codes = reinterpret_cast<char*>(page) + side.page_begin;
+  char* out = is_plain(format) ? codes : reinterpret_cast<char*>(rows);
+  const DType type = is_plain(format) ? plain_type(format) : DType::kFloat32;
+  copy_rows(waiting, count, side.dim, out, type);
+  copy_rows(fresh, pages.page_size - count, side.dim, row_of(out, type, count, side.dim), type);
+  if (is_plain(format)) {
+    char* padding = row_of(codes, type, pages.page_size, side.dim);
+    std::memset(padding, 0, codes + (side.page_end - side.page_begin) - padding);
+  } else {
+    PageEncoder(format, side.value, static_cast<int>(pages.page_size), side.dim, reinterpret_cast<uint8_t*>(codes))
+        .encode(rows);
+  }
+}
+
+void append(const CacheAppendParams& p, const Side& side, int64_t slot, int64_t count, float* rows) {
   const KvPages& pages = p.pages;
   int64_t length = pages.lengths[slot];
   for (int64_t done = 0; done < count;) {
@@ -79,12 +100,7 @@ void append(const CacheAppendParams& p, const Side& side, int64_t slot, int64_t 
     const RowsIn fresh = from_row(side.fresh, done);
     if (waiting + take == pages.page_size) {
       const int64_t id = pages.page_table[slot * pages.table_width + length / pages.page_size];
-      char* page = reinterpret_cast<char*>(p.pool) + id * pages.page_bytes;
-      char* codes = page + side.page_begin;
-      char* padding = row_of(codes, side.format, pages.page_size, side.dim);
-      copy_rows({side.tail, p.type, side.dim, 1}, waiting, side.dim, codes, side.format);
-      copy_rows(fresh, take, side.dim, row_of(codes, side.format, waiting, side.dim), side.format);
-      std::memset(padding, 0, page + side.page_end - padding);
+      fill_page(p, side, p.pool + id * pages.page_bytes, {side.tail, p.type, side.dim, 1}, waiting, fresh, rows);
     } else {
       copy_rows(fresh, take, side.dim, row_of(side.tail, p.type, waiting, side.dim), p.type);
     }
@@ -101,7 +117,7 @@ Side side_of(const CacheAppendParams& p, bool value, int64_t batch, int64_t head
   return {{static_cast<const char*>(x.data) + offset, p.type, x.seq, x.dim},
           dim,
           row_of(tail, p.type, (batch * p.kv_heads + head) * p.pages.page_size, dim),
-          value ? p.pages.v_type : p.pages.k_type,
+          value,
           value ? p.pages.v_offset : 0,
           value ? p.pages.page_bytes : p.pages.v_offset};
 }
@@ -109,11 +125,13 @@ Side side_of(const CacheAppendParams& p, bool value, int64_t batch, int64_t head
 }  // namespace
 
 void cache_append(const CacheAppendParams& p, Executor& executor) {
-  const auto item = [&](int64_t slot, int) {
+  const int64_t page_values = p.pages.plain() ? 0 : p.pages.page_size * std::max(p.head_dim, p.head_dim_v);
+  const Scratch scratch(bytes_of<float>(page_values), executor.workers());
+  const auto item = [&](int64_t slot, int worker) {
     const int64_t batch = slot / p.kv_heads, head = slot % p.kv_heads;
     const int64_t count = p.counts == nullptr ? p.new_tokens : p.counts[batch];
-    append(p, side_of(p, false, batch, head), slot, count);
-    append(p, side_of(p, true, batch, head), slot, count);
+    append(p, side_of(p, false, batch, head), slot, count, scratch.of<float>(worker));
+    append(p, side_of(p, true, batch, head), slot, count, scratch.of<float>(worker));
     p.lengths[slot] += static_cast<int32_t>(count);
   };
   const int64_t slots = p.batch * p.kv_heads;

@@ -45,8 +45,7 @@ def check_options(
         raise ValueError(message(function, "device", "be a torch device", device)) from None
     if kind != "cpu":
         raise NotImplementedError(f"lcore.{function}: no kernels for device {device} yet; use device='cpu'")
-    if rotate:
-        raise NotImplementedError(f"lcore.{function}: no kernels for rotate=True yet; use rotate=False")
+    require_type(isinstance(rotate, bool), function, "rotate", "be a bool", repr(rotate))
     if policy is not None:
         raise NotImplementedError(f"lcore.{function}: no eviction policies yet; use policy=None, and crop")
 

@@ -8,30 +8,74 @@ import torch
 from torch import Tensor
 
 from lcore.cache.checks import check_int
-from lcore.errors import message, require_type
+from lcore.cache.codes import decode_codes
+from lcore.errors import require, require_type
 
-_ALIGNMENT = 64  # bytes: a cache line, and the widest vector; csrc/core/kv_pages.h has the same number
-_PLANNED = ("fp8", "int8", "int4", "int2")
+# The numbers of csrc/core/page_format.h.
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+VALUE_GROUP = 64  # channels of V that share a scale
+_WORD_LANES = 16  # words of V's channels come in whole vectors of this many
 _MAX_HEAD_DIM = 512
 _MAX_PAGE_SIZE = 4096  # a tail of so many tokens stands beside every head
+_CODED_PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How K or V is coded in a full page."""
+    """How K or V is stored in a full page: as values of a dtype, or as codes with scales.
+
+    "int8", "int4", "int2": code = round((x - zero) / scale), 0 .. 2^bits - 1; x comes back as zero + scale * code. K has
+    one scale and zero a channel over the page's tokens, V one a token over 64 channels (KIVI, arXiv:2402.02750).
+    "fp8": e4m3 codes of x / scale, with the same groups. Scales and zeros are float16.
+    """
 
     name: str
-    dtype: torch.dtype
+    bits: int
+    dtype: torch.dtype | None = None  # of stored values; None for codes
 
-    def bytes(self, values: int) -> int:
-        """Bytes that `values` values take, padded to the alignment of what follows them in a page."""
-        return -(-values * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    @property
+    def stores_values(self) -> bool:
+        """Whether a token can leave its page bit for bit: codes mean something only under their page's scales."""
+        return self.dtype is not None
+
+    @property
+    def is_integer(self) -> bool:
+        return self.dtype is None and self.name != "fp8"
+
+    @property
+    def step(self) -> int:
+        """Integer codes in a word of 32 bits, neighbours along the summed dimension."""
+        return 32 // self.bits
+
+    def code_bytes(self, value: bool, page_size: int, dim: int) -> int:
+        """Bytes that the values or codes of K, or with `value` of V, take, padded to the alignment of what follows."""
+        if not self.is_integer:
+            return _aligned(page_size * dim * self.bits // 8)
+        summed, other = (page_size, -(-dim // _WORD_LANES) * _WORD_LANES) if value else (dim, page_size)
+        return _aligned(4 * -(-summed // self.step) * other)
+
+    def scale_bytes(self, value: bool, page_size: int, dim: int) -> int:
+        """Bytes of the scales, and again of the zeros."""
+        if self.stores_values:
+            return 0
+        return _aligned(2 * (-(-dim // VALUE_GROUP) * page_size if value else dim))
+
+    def bytes(self, value: bool, page_size: int, dim: int) -> int:
+        """Bytes of K, or with `value` of V, in a page: codes, scales, zeros."""
+        return self.code_bytes(value, page_size, dim) + (1 + self.is_integer) * self.scale_bytes(value, page_size, dim)
 
 
 FORMATS = {
-    "fp32": Format("fp32", torch.float32),
-    "fp16": Format("fp16", torch.float16),
-    "bf16": Format("bf16", torch.bfloat16),
+    format.name: format
+    for format in (
+        Format("fp32", 32, torch.float32),
+        Format("fp16", 16, torch.float16),
+        Format("bf16", 16, torch.bfloat16),
+        Format("fp8", 8),
+        Format("int8", 8),
+        Format("int4", 4),
+        Format("int2", 2),
+    )
 }
 
 
@@ -48,16 +92,13 @@ def parse_formats(function: str, kv_format: str | tuple[str, str]) -> tuple[Form
     )
     known = ", ".join(repr(name) for name in FORMATS)
     for name in names:
-        if name in _PLANNED:
-            raise NotImplementedError(f"lcore.{function}: kv_format {name!r} has no kernels yet; use one of {known}")
-        if name not in FORMATS:
-            raise ValueError(message(function, "kv_format", f"be one of {known}", repr(name)))
+        require(name in FORMATS, function, "kv_format", f"be one of {known}", repr(name))
     return FORMATS[names[0]], FORMATS[names[1]]
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """`page_size` tokens of one kv head: K codes [page_size][head_dim], then V codes [page_size][head_dim_v]."""
+    """`page_size` tokens of one kv head: K, then V, each as its format stores it."""
 
     page_size: int
     head_dim: int
@@ -67,25 +108,33 @@ class PageLayout:
 
     @property
     def v_begin(self) -> int:
-        """Bytes from the start of a page to its V codes."""
-        return self.k.bytes(self.page_size * self.head_dim)
+        """Bytes from the start of a page to V."""
+        return self.k.bytes(False, self.page_size, self.head_dim)
 
     @property
     def page_bytes(self) -> int:
-        return self.v_begin + self.v.bytes(self.page_size * self.head_dim_v)
+        return self.v_begin + self.v.bytes(True, self.page_size, self.head_dim_v)
 
     @property
     def bits_per_value(self) -> float:
         return 8 * self.page_bytes / (self.page_size * (self.head_dim + self.head_dim_v))
 
+    @property
+    def stores_values(self) -> bool:
+        return self.k.stores_values and self.v.stores_values
+
     def decode(self, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K (n, page_size, head_dim) and V (n, page_size, head_dim_v) in dtype from uint8 pages (n, page_bytes)."""
-        k = pages[:, : self.page_size * self.head_dim * self.k.dtype.itemsize]
-        v = pages[:, self.v_begin : self.v_begin + self.page_size * self.head_dim_v * self.v.dtype.itemsize]
-        return (
-            _cast(k.contiguous().view(self.k.dtype).unflatten(-1, (self.page_size, self.head_dim)), dtype),
-            _cast(v.contiguous().view(self.v.dtype).unflatten(-1, (self.page_size, self.head_dim_v)), dtype),
+        k, v = pages[:, : self.v_begin], pages[:, self.v_begin :]
+        return self._decode(self.k, k, False, self.head_dim, dtype), self._decode(
+            self.v, v, True, self.head_dim_v, dtype
         )
+
+    def _decode(self, format: Format, side: Tensor, value: bool, dim: int, dtype: torch.dtype) -> Tensor:
+        if format.dtype is None:
+            return decode_codes(format, side, value, self.page_size, dim).to(dtype)
+        values = side[:, : self.page_size * dim * format.bits // 8].contiguous().view(format.dtype)
+        return _cast(values.unflatten(-1, (self.page_size, dim)), dtype)
 
 
 def page_layout(
@@ -96,7 +145,14 @@ def page_layout(
     check_int(function, "head_dim", head_dim, 1, _MAX_HEAD_DIM)
     check_int(function, "head_dim_v", head_dim_v, 1, _MAX_HEAD_DIM)
     check_int(function, "page_size", page_size, 1, _MAX_PAGE_SIZE)
-    return PageLayout(page_size, head_dim, head_dim_v, *parse_formats(function, kv_format))
+    layout = PageLayout(page_size, head_dim, head_dim_v, *parse_formats(function, kv_format))
+    rule = f"be one of {_CODED_PAGE_SIZES} with kv_format {layout.k.name!r}, {layout.v.name!r}"
+    require(layout.stores_values or page_size in _CODED_PAGE_SIZES, function, "page_size", rule, page_size)
+    return layout
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from lcore.cache.pool import PagePool
 from lcore.cache.slots import Slots
 from lcore.errors import require
 from lcore.ops.attention import check_scores
+from lcore.ops.hadamard import hadamard
 
 
 class PagedCache:
@@ -32,9 +33,11 @@ class PagedCache:
         batch_size: rows, that is sequences.
         dtype: of what is appended and of the queries: float32, float16 or bfloat16.
         device: "cpu".
-        kv_format: "fp32", "fp16" or "bf16", or a pair of them for K and V. Rounding is to nearest even.
-        rotate: False; a Hadamard rotation before coding is not there yet.
-        page_size: tokens a page, 1 to 4096.
+        kv_format: "fp32", "fp16", "bf16", "fp8", "int8", "int4" or "int2", or a pair of them for K and V; what they
+            mean is told by `lcore.cache.formats.Format`. Rounding is to nearest even.
+        rotate: applies `lcore.hadamard` to q, k and v, and its inverse to the output: what is cached is rotated, so that
+            outlier channels do not set the scale of coded pages. Products are the same but for rounding.
+        page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
         policy: None; eviction is not there yet.
 
@@ -73,7 +76,7 @@ class PagedCache:
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
         self.dtype, self.device = dtype, torch.device("cpu")
         self.kv_format = (layout.k.name, layout.v.name)
-        self.page_size, self.max_bytes = page_size, max_bytes
+        self.page_size, self.max_bytes, self.rotate = page_size, max_bytes, rotate
         pool = PagePool(layout.page_bytes, max_bytes)
         shape = (num_layers, batch_size, num_kv_heads)
         self._slots: Slots | None = Slots.empty("PagedCache", pool, layout, shape, dtype)
@@ -96,7 +99,10 @@ class PagedCache:
         check_states("PagedCache.append", "k", k, self.dtype, (batch, "*", heads, self.head_dim), names)
         check_states("PagedCache.append", "v", v, self.dtype, (batch, k.shape[1], heads, self.head_dim_v), names + "_v")
         counts = row_counts("PagedCache.append", lengths, batch, k.shape[1])
-        slots.append("PagedCache.append", layer, k.detach(), v.detach(), counts)
+        k, v = k.detach(), v.detach()
+        if self.rotate:
+            k, v = hadamard(k), hadamard(v)
+        slots.append("PagedCache.append", layer, k, v, counts)
 
     def attend(
         self,
@@ -141,9 +147,11 @@ class PagedCache:
         fits = (held >= (new if counts is None else counts.numpy())).all()
         require(fits, name, "q", f"have at most the {held.tolist()} tokens held by each row", q.shape[1])
         scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
-        return kernels.attend(
-            slots.pool.data, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
+        q = hadamard(q.detach()) if self.rotate else q.detach()
+        out = kernels.attend(
+            slots.pool.data, view, q, slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
         )
+        return hadamard(out, inverse=True) if self.rotate else out
 
     def seen(self, layer: int = 0) -> Tensor:
         """(batch,) int64: tokens ever appended to a layer in each row, the position of the next one."""
@@ -166,10 +174,15 @@ class PagedCache:
         """Keeps the first n tokens of every row in every layer; what holds no more than n is left as it is.
 
         So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
-        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes.
+        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes. In
+        coded formats (fp8 and integers) a page is not cut, or its tokens would be coded twice: n ends at a whole page
+        or in the tail, or takes back no more than the last append, whose tail is still known.
 
         Args:
             n: tokens to keep, one number or (batch,) int64 or int32.
+
+        Raises:
+            ValueError: also for an n inside a coded page, before anything changes.
         """
         self._open("PagedCache.crop").crop(row_limits("PagedCache.crop", n, self.batch_size))
 

@@ -13,6 +13,7 @@ from lcore.cache.checks import MAX_TOKENS
 from lcore.cache.formats import PageLayout
 from lcore.cache.kernels import append_
 from lcore.cache.pool import Ids, PagePool, new_tensor
+from lcore.cache.undo import Undo
 from lcore.errors import message
 
 # A table that is not reserved grows to half more than it was.
@@ -46,6 +47,7 @@ class Slots:
         lengths: torch.Tensor,
         tail_k: torch.Tensor,
         tail_v: torch.Tensor,
+        undo: Undo | None,
     ) -> None:
         self.pool = pool
         self.layout = layout
@@ -53,6 +55,7 @@ class Slots:
         self.lengths = lengths  # (layers, batch, kv_heads) int32, tokens of the tail included
         self.tail_k = tail_k  # (layers, batch, kv_heads, page_size, head_dim), the model's dtype
         self.tail_v = tail_v
+        self.undo = undo  # where pages are coded
         self.layers = self._views()
         pool.member_bytes += self.nbytes
 
@@ -62,20 +65,25 @@ class Slots:
     ) -> Slots:
         """(layers, batch, kv_heads) slots without tokens."""
         values = math.prod(shape) * layout.page_size * (layout.head_dim + layout.head_dim_v)
-        more = values * dtype.itemsize + math.prod(shape) * torch.int32.itemsize
+        coded = not layout.stores_values
+        more = (1 + coded) * (values * dtype.itemsize + math.prod(shape) * torch.int32.itemsize)
         pool.check_budget(function, more, "for tails and lengths, before any page")
+        tails = [
+            new_tensor(function, (*shape, layout.page_size, d), dtype) for d in (layout.head_dim, layout.head_dim_v)
+        ]
         return Slots(
             pool,
             layout,
             new_tensor(function, (*shape, 0), torch.int32),
             new_tensor(function, shape, torch.int32).zero_(),
-            new_tensor(function, (*shape, layout.page_size, layout.head_dim), dtype),
-            new_tensor(function, (*shape, layout.page_size, layout.head_dim_v), dtype),
+            *tails,
+            Undo.beside(function, *tails) if coded else None,
         )
 
     @property
     def tail_bytes(self) -> int:
-        return self.tail_k.untyped_storage().nbytes() + self.tail_v.untyped_storage().nbytes()
+        tails = self.tail_k.untyped_storage().nbytes() + self.tail_v.untyped_storage().nbytes()
+        return tails + (0 if self.undo is None else self.undo.nbytes)
 
     @property
     def table_bytes(self) -> int:
@@ -116,6 +124,9 @@ class Slots:
         after = total // self.layout.page_size
         with self.pool.lock:
             ids = self._take_pages(function, layer, before, after)
+            if self.undo is not None and ids is not None:
+                filling = (after > before) & (lengths % self.layout.page_size > 0)
+                self.undo.save(layer, filling, lengths, self.tail_k[layer], self.tail_v[layer])
             try:
                 append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
             except BaseException:
@@ -180,7 +191,8 @@ class Slots:
             own = (self.table, self.lengths, self.tail_k, self.tail_v)
             copies = [new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own]
             self.pool.allocator.retain(self._ids(0, self.full_pages()))
-            return Slots(self.pool, self.layout, *copies)
+            undo = None if self.undo is None else self.undo.copy(function)
+            return Slots(self.pool, self.layout, *copies, undo)
 
     def crop(self, limits: NDArray[np.int64]) -> None:
         """Keeps at most limits[b] tokens in every slot of row b. Tokens kept from a page that is cut go to the tail."""
@@ -190,7 +202,10 @@ class Slots:
         held, kept = lengths // page_size, after // page_size
         with self.pool.lock:
             cut = (kept < held) & (after % page_size > 0)
-            if cut.any():
+            if self.undo is not None:
+                self.undo.check(cut, after, page_size)
+                self.undo.restore(cut, self.tail_k, self.tail_v)
+            elif cut.any():
                 ids = torch.from_numpy(self.table.numpy()[cut, kept[cut]])
                 where = torch.from_numpy(cut)
                 self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from lcore.reference.attention import attention
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from lcore.reference.hadamard import hadamard
+from lcore.reference.page_format import through_page
 
 
 class PagedCache:
     """The values that lcore.PagedCache holds and attends to, without pages, tables or shared memory.
 
-    A token waits in the cache's dtype until its page_size neighbours are there, and is rounded to the page format then,
+    A token waits in the cache's dtype until its page_size neighbours are there, and goes through the page format then,
     once. A page that crop cuts open returns its tokens as they were rounded.
     """
 
@@ -30,10 +30,11 @@ class PagedCache:
         kv_format: str | tuple[str, str] = "bf16",
         page_size: int = 64,
         head_dim_v: int | None = None,
+        rotate: bool = False,
     ) -> None:
         names = (kv_format, kv_format) if isinstance(kv_format, str) else kv_format
-        self.dtype, self.page_size = dtype, page_size
-        self.formats = [_DTYPES[name] for name in names]
+        self.dtype, self.page_size, self.rotate = dtype, page_size, rotate
+        self.formats = names
         dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         # tokens[layer][row][head] = [k (n, head_dim), v (n, head_dim_v)], float64
         self.tokens = [
@@ -50,6 +51,8 @@ class PagedCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """k (batch, new, kv_heads, head_dim), v (.., head_dim_v); lengths (batch,) real tokens of each row."""
+        if self.rotate:
+            k, v = hadamard(k), hadamard(v)
         for b, row in enumerate(self.tokens[layer]):
             new = k.shape[1] if lengths is None else int(lengths[b])
             for h, head in enumerate(row):
@@ -57,8 +60,9 @@ class PagedCache:
                 full = (len(head[0]) + new) // self.page_size * self.page_size
                 for side, x in enumerate((k, v)):
                     values = torch.cat([head[side], x[b, :new, h].double()])
-                    filled = values[full_before:full].to(self.dtype).to(self.formats[side])
-                    values[full_before:full] = filled.double()
+                    for begin in range(full_before, full, self.page_size):
+                        page = slice(begin, begin + self.page_size)
+                        values[page] = through_page(values[page].to(self.dtype), self.formats[side], side == 1)
                     head[side] = values
 
     def attend(
@@ -80,6 +84,7 @@ class PagedCache:
             (batch, new, heads, head_dim_v) in precision.
         """
         rows = self.tokens[layer]
+        q = hadamard(q.to(precision)) if self.rotate else q
         group = q.shape[2] // len(rows[0])
         out = torch.zeros((*q.shape[:3], rows[0][0][1].shape[1]), dtype=precision)
         for b, row in enumerate(rows):
@@ -98,7 +103,7 @@ class PagedCache:
                     alibi_slopes=slopes,
                     sinks=None if sinks is None else sinks[heads],
                 )[0][0]
-        return out
+        return hadamard(out, inverse=True) if self.rotate else out
 
     def crop(self, tokens: int | Tensor) -> None:
         """Keeps the first tokens of every row: one number, or (batch,) numbers."""
