@@ -198,14 +198,6 @@ def test_crop_beyond_any_length_is_nothing():
         unchanged(cache, before)
 
 
-def test_sessions_on_disk_are_not_there_yet(tmp_path):
-    with pytest.raises(NotImplementedError, match=r"^lcore\.PagedCache\.save: .*; keep the cache, or fork it$"):
-        small_cache().save(tmp_path / "cache")
-    with pytest.raises(NotImplementedError, match=r"^lcore\.PagedCache\.load: .*; append the tokens again$"):
-        lcore.PagedCache.load(tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_cache_is_forked_not_copied(way):
     with pytest.raises(TypeError, match=r"^lcore\.PagedCache: a cache cannot be copied or pickled; use fork\(\)$"):

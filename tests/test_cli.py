@@ -89,8 +89,9 @@ def test_generate_in_another_dtype(run, folder):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        ([], 2, "give one of --prompt and --prompt-file"),
-        (["-p", "a", "-f", "b"], 2, "give one of --prompt and --prompt-file"),
+        ([], 2, "give --prompt, --prompt-file, or both"),
+        (["-p", "a", "-c", "many"], 2, "--context must be a number of tokens or auto, got 'many'"),
+        (["-p", "a", "-c", "0"], 1, "context must be 1 or more, got 0"),
         (["-p", ""], 1, "error: lcore.Generator: prompt must not be empty"),
         (["-f", "/does/not/exist"], 1, "No such file or directory: '/does/not/exist'"),
         (["-p", "a", "--temp", "-1"], 1, "error: lcore.Generator: temperature must be 0 or more, got -1.0"),
@@ -169,7 +170,7 @@ def test_eval_needle_passes_its_options_on(run, folder):
 
 def test_no_command_shows_help(run):
     result = run()
-    assert all(command in result.output for command in ("generate", "info", "demo", "eval"))
+    assert all(command in result.output for command in ("generate", "plan", "info", "demo", "eval"))
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(folder):

@@ -1,22 +1,28 @@
-"""The command line: `lcore generate | info | demo | eval`."""
+"""The command line: `lcore generate | plan | info | demo | eval`."""
 
 from __future__ import annotations
 
 import json
 import sys
 import warnings
+from collections.abc import Generator as PyGenerator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, cast
 
 import torch
 import typer
+from rich.console import Console
 
 import lcore
+from lcore.cache.formats import FORMATS
+from lcore.cli_options import Chunk, Context, WeightDtype, parse_context, parse_dtype, parse_formats
 from lcore.demo import run_demo
 from lcore.evaluation import needle
 from lcore.generation import Done, Event, Generator, Stats, Token, show_prefill
+from lcore.generation.planner import folder_planner, plan_table
 
 app = typer.Typer(
     name="lcore",
@@ -78,27 +84,30 @@ def generate(
     kv_format: Annotated[
         str | None, typer.Option(help="Format of the cache, fp32, fp16 or bf16 (K,V for two); default: the dtype.")
     ] = None,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens read at a time.")] = 2048,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
-    ] = "auto",
+    prefill_chunk: Chunk = 2048,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps what was read: a prompt that begins like it goes on from there."),
+    ] = None,
+    context: Context = None,
+    dtype: WeightDtype = "auto",
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With or without the chat template; default: if there is one.")
     ] = None,
     threads: Threads = None,
 ) -> None:
     """Read a prompt and write the model's continuation: text on stdout, counts and rates on stderr."""
-    if (prompt is None) == (prompt_file is None):
-        raise typer.BadParameter("give one of --prompt and --prompt-file")
+    if prompt is None and prompt_file is None:
+        raise typer.BadParameter("give --prompt, --prompt-file, or both: the prompt follows the file")
+    room = parse_context(context)
     with user_errors():
-        text = _read_text(prompt_file) if prompt_file is not None else prompt or ""
+        text = (_read_text(prompt_file) if prompt_file is not None else "") + (prompt or "")
         _set_threads(threads)
-        decoder = lcore.load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        decoder = lcore.load_model(model, dtype=parse_dtype(dtype))
         if decoder.tokenizer is None:
             raise ValueError(f"lcore generate: --model must hold a tokenizer.json, got {model}")
         use_chat = decoder.tokenizer.chat_template is not None if chat is None else chat
-        formats = tuple(kv_format.split(",")) if kv_format and "," in kv_format else kv_format
-        generator = Generator(decoder, kv_format=formats, prefill_chunk=prefill_chunk)  # type: ignore[arg-type]
+        generator = Generator(decoder, kv_format=parse_formats(kv_format), prefill_chunk=prefill_chunk, context=room)
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,
             max_new_tokens,
@@ -108,8 +117,32 @@ def generate(
             min_p=min_p,
             seed=seed,
             stop=stop or (),
+            session=session,
         )
-        _write(events)
+        # Closed at once when the writing fails, so that a session is saved before the program ends.
+        with closing(cast("PyGenerator[Event, None, None]", events)):
+            _write(events)
+
+
+@app.command()
+def plan(
+    *,
+    model: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.", exists=True)],
+    context: Annotated[int, typer.Option("-c", "--context", min=1, help="Tokens of a row.")],
+    kv_format: Annotated[str | None, typer.Option(help="Only this format (K,V for two); default: all.")] = None,
+    batch: Annotated[int, typer.Option("-b", "--batch", min=1, help="Rows.")] = 1,
+    prefill_chunk: Chunk = 2048,
+    dtype: WeightDtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, in bytes.")] = False,
+) -> None:
+    """Print what a context needs of memory, item by item and format by format, and the longest that fits."""
+    with user_errors():
+        planner = folder_planner(model, parse_dtype(dtype), batch, prefill_chunk)
+        found = planner.plan(context, [parse_formats(kv_format)] if kv_format else tuple(FORMATS))
+        if as_json:
+            typer.echo(json.dumps(asdict(found), indent=2))
+        else:
+            Console().print(plan_table(found))
 
 
 @app.command()
@@ -198,8 +231,9 @@ def _write(events: Iterator[Event]) -> None:
 
 def describe(stats: Stats) -> str:
     """Counts and rates in one line."""
+    kept = f"kept {stats.kept_tokens:,} of the session, " if stats.kept_tokens else ""
     return (
         f"read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.1f} s ({stats.prefill_rate:,.1f} tokens/s), "
-        f"wrote {stats.new_tokens:,} in {stats.decode_seconds:.1f} s ({stats.decode_rate:,.1f} tokens/s), "
+        f"{kept}wrote {stats.new_tokens:,} in {stats.decode_seconds:.1f} s ({stats.decode_rate:,.1f} tokens/s), "
         f"cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
     )

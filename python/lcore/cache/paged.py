@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lcore.cache import kernels
+from lcore.cache import kernels, sessions
 from lcore.cache.checks import MAX_TOKENS, check_heads, check_int, check_options, check_states, row_counts, row_limits
 from lcore.cache.formats import page_layout
 from lcore.cache.pool import PagePool
+from lcore.cache.sessions import Path, Strings
 from lcore.cache.slots import Slots
 from lcore.errors import require
 from lcore.ops.attention import check_scores
@@ -224,14 +225,14 @@ class PagedCache:
         layout = page_layout("PagedCache.bytes_per_token", head_dim, head_dim_v, kv_format, page_size)
         return -(-num_layers * num_kv_heads * layout.page_bytes // page_size)
 
-    def save(self, path: str | os.PathLike[str]) -> NoReturn:
-        """Not there yet."""
-        raise NotImplementedError("lcore.PagedCache.save: no sessions on disk yet; keep the cache, or fork it")
+    def save(self, path: Path, *, tokens: Sequence[Tensor] | None = None, metadata: Strings | None = None) -> None:
+        """Writes the cache to one file, which appears whole or not at all; see `lcore.cache.sessions.save`."""
+        sessions.save(self, path, tokens, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> NoReturn:
-        """Not there yet."""
-        raise NotImplementedError("lcore.PagedCache.load: no sessions on disk yet; append the tokens again")
+    def load(cls, path: Path, *, metadata: Strings | None = None, max_bytes: int | None = None) -> PagedCache:
+        """The cache that `save` wrote, after every byte has been checked; see `lcore.cache.sessions.load`."""
+        return sessions.load(cls, path, metadata, max_bytes)
 
     def close(self) -> None:
         """Gives pages and memory back; the cache cannot be used afterwards. Closing twice does nothing."""

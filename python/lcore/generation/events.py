@@ -43,6 +43,7 @@ class Stats:
 
     Seconds are those of the generator's own steps, which the rows of a batch share, without what the caller does
     between events. cache_bytes is what the whole cache holds, peak_bytes the process's largest resident set so far.
+    prompt_tokens were read; kept_tokens, before them in the prompt, came with a session file.
     """
 
     prompt_tokens: int
@@ -51,6 +52,7 @@ class Stats:
     decode_seconds: float
     cache_bytes: int
     peak_bytes: int
+    kept_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:

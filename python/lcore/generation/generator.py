@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lcore.cache import PagedCache
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
 from lcore.generation.loop import Loop, Row
 from lcore.generation.memory import free_bytes, reserve, workspace_bytes
+from lcore.generation.planner import context_room, model_planner
 from lcore.generation.progress import show_prefill
 from lcore.generation.prompts import Prompt, encode_prompts, is_batch
+from lcore.generation.resume import Session
 from lcore.generation.sampling import Sampling, check_int
 from lcore.generation.text import CONTEXT, TextStream
 
@@ -39,10 +43,13 @@ class Generator:
     kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
     policy:         None; eviction policies do not exist yet.
+    context:        tokens a row for which a new cache makes room at once; "auto" is as many as fit into free memory,
+                    at most config.max_position_embeddings; None is as many as a call needs.
 
     After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
 
-    Raises: TypeError or ValueError for a bad prefill_chunk; NotImplementedError for a policy.
+    Raises: TypeError or ValueError for a bad prefill_chunk or context; MemoryError for a context that does not fit,
+    with the formats that would; NotImplementedError for a policy.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Generator:
         kv_format: str | tuple[str, str] | None = None,
         prefill_chunk: int = 2048,
         policy: object = None,
+        context: int | Literal["auto"] | None = None,
     ) -> None:
         if policy is not None:
             raise NotImplementedError(
@@ -62,7 +70,11 @@ class Generator:
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
         self.kv_format = kv_format
+        self.context = context
         self._warned = False
+        if context is not None and context != "auto":
+            check_int("context", context, at_least=1)
+            model_planner(model, 1, prefill_chunk).require_fits(context, kv_format)
 
     def stream(
         self,
@@ -77,6 +89,7 @@ class Generator:
         stop: str | Sequence[str] = (),
         stop_ids: int | Sequence[int] = (),
         cache: PagedCache | None = None,
+        session: str | os.PathLike[str] | None = None,
     ) -> Iterator[Event]:
         """Reads `prompt`, then writes, and yields `Prefill`, `Token` and `Done` events on the way.
 
@@ -88,6 +101,9 @@ class Generator:
         stop:            strings that end the text; they are not part of it.
         stop_ids:        token ids that end the text, besides the model's own end-of-text ids.
         cache:           a cache to continue: the prompt follows what it holds, without a begin-of-text token.
+        session:         a file that keeps what was read and written. Tokens that the prompt shares with it are not read
+                         again; after the last event, Ctrl-C, or when the stream is closed, it holds the prompt and all
+                         its tokens. It is made when it is not there. No other stream can use it meanwhile.
 
         Everything is checked in this call, before any work. After a row's `Done` the cache holds its prompt and all its
         tokens; a stream that is closed earlier may not have fed its last token (`cache.seen()` tells). When the work is
@@ -108,22 +124,36 @@ class Generator:
         textless = stops != () and tokenizer is None
         require(not textless, "Generator", "stop", "be empty because the model has no tokenizer", stops)
 
+        require(cache is None or session is None, "Generator", "session", "be None when cache is given", session)
         held = [] if cache is None else [int(n) for n in cache.seen()]
         prompts = encode_prompts(prompt, tokenizer, config.vocab_size, continues=any(held))
         held = held if cache is not None else [0] * len(prompts)
         require(len(held) == len(prompts), "Generator", "prompt", f"have the cache's {len(held)} rows", len(prompts))
-        self.cache = self._cache_with_room([len(p) + max_new_tokens for p in prompts], cache)
-        self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
+        room = [len(p) + max_new_tokens for p in prompts]
+        with ExitStack() as undo:  # a session file that is in our hands when something is refused is let go
+            saved: Session | None = None
+            if session is not None:
+                cache = self.model.new_cache(len(prompts), kv_format=self.kv_format)
+                saved = Session(session, self.model, cache, prompts)
+                undo.callback(saved.close)
+                room = [max(n, m) for n, m in zip(room, saved.held, strict=True)]
+            cache = self._cache_with_room(room, cache)
+            self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
+            if saved is not None:
+                saved.load()
+            self.cache = cache
+            undo.pop_all()
 
         decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
         ends = config.eos_token_ids if tokenizer is None else (*config.eos_token_ids, *tokenizer.eos_token_ids)
+        kept = [0] * len(prompts) if saved is None else saved.kept
         rows = [
-            Row(index, ids, start, TextStream(decode, ids[-CONTEXT:].tolist(), stops))
-            for index, (ids, start) in enumerate(zip(prompts, held, strict=True))
+            Row(index, ids[skip:], start + skip, TextStream(decode, ids[-CONTEXT:].tolist(), stops))
+            for index, (ids, start, skip) in enumerate(zip(prompts, held, kept, strict=True))
         ]
-        return Loop(
+        events = Loop(
             self.model,
-            self.cache,
+            cache,
             rows,
             prefill_chunk=self.prefill_chunk,
             max_new_tokens=max_new_tokens,
@@ -131,6 +161,7 @@ class Generator:
             eos_ids=frozenset(ends),
             stop_ids=frozenset(stop_ids),
         ).run()
+        return events if saved is None else saved.record(events)
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
@@ -157,12 +188,15 @@ class Generator:
 
     def _cache_with_room(self, new_tokens: list[int], cache: PagedCache | None) -> PagedCache:
         """`cache`, or a new one, with room for `new_tokens[row]` more tokens in each row, if memory has it."""
-        config, model = self.model.config, self.model
+        config, model, rows = self.model.config, self.model, len(new_tokens)
+        free = free_bytes(model.device)
         if cache is None:
-            cache = model.new_cache(len(new_tokens), kv_format=self.kv_format)
+            cache = model.new_cache(rows, kv_format=self.kv_format)
+        if self.context is not None and not cache.seen().any():
+            planner = model_planner(model, rows, self.prefill_chunk)
+            new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
         chunk = min(self.prefill_chunk, max(new_tokens))
-        workspace = workspace_bytes(config, chunk, len(new_tokens), model.dtype.itemsize)
-        reserve(cache, new_tokens, workspace, free_bytes(model.device))
+        reserve(cache, new_tokens, workspace_bytes(config, chunk, rows, model.dtype.itemsize), free)
         return cache
 
     def _warn_beyond_training(self, length: int) -> None:

@@ -40,6 +40,20 @@ def load_model(
     """
     allowed = dtype is None or dtype in _DTYPES
     require_type(allowed, "load_model", "dtype", f"be None or one of {', '.join(map(str, _DTYPES))}", dtype)
+    model, checkpoint = open_checkpoint(path)
+    config, expected = model.config, dict(model.named_parameters())
+    tokenizer = Tokenizer.from_folder(Path(path), config.eos_token_ids)
+
+    dtype = dtype or checkpoint.dtypes["model.embed_tokens.weight"]
+    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors(set(expected))}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.tokenizer = tokenizer
+    return model.to(device).eval()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
+    """The model of a folder without its weights, on the meta device, and the checkpoint, whose headers fit it."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(message("load_model", "path", "be a folder", folder))
@@ -49,16 +63,8 @@ def load_model(
     checkpoint = Checkpoint(folder)
 
     model = Decoder(config, device="meta")
-    expected = dict(model.named_parameters())
     optional = {name for name in checkpoint.shapes if _DERIVED.fullmatch(name)}
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
-    check_tensors(checkpoint, expected, optional)
-    tokenizer = Tokenizer.from_folder(folder, config.eos_token_ids)
-
-    dtype = dtype or checkpoint.dtypes["model.embed_tokens.weight"]
-    state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors(set(expected))}
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    model.tokenizer = tokenizer
-    return model.to(device).eval()
+    check_tensors(checkpoint, dict(model.named_parameters()), optional)
+    return model, checkpoint

@@ -1,0 +1,175 @@
+"""A session file as a cache sees it: the settings, texts and tensors in it, and a cache made from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lcore.cache.session_file import SessionFile
+from lcore.cache.session_lock import SessionLock
+from lcore.errors import dtype_name, message, require
+
+if TYPE_CHECKING:
+    from lcore.cache.paged import PagedCache
+    from lcore.cache.slots import Slots
+
+# Arguments of PagedCache that a file brings back; each is an attribute of the same name. max_bytes is the reader's.
+OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size")
+TOKENS = "tokens."  # and the row: the tensor's name
+
+
+class StoredSession:
+    """A session file open for reading, with everything checked but its pages.
+
+    metadata: the strings given to `save`. tokens: int64 (n,) for each row, or None when none were given. `load` makes
+    the cache. Use it in a `with` statement: until its end no one else can save to the file.
+
+    Raises: as `PagedCache.load`.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, function: str = "PagedCache.load", lock: SessionLock | None = None
+    ) -> None:
+        self.function = function
+        self.path = os.path.realpath(path)
+        os.stat(self.path)  # a file that is not there needs no lock
+        with ExitStack() as held:
+            if lock is None:
+                held.enter_context(SessionLock(function, path, shared=True))
+            self._file = SessionFile(function, self.path)
+            held.callback(self._file.close)
+            self._tensors = self._file.tensors
+            self.settings = self._strings("settings")
+            self.metadata: dict[str, str] = self._strings("metadata")
+            rows = sorted((name for name in self._tensors if name.startswith(TOKENS)), key=lambda n: (len(n), n))
+            self.tokens = [self._tensors.pop(name) for name in rows] or None
+            self._held = held.pop_all()
+
+    @property
+    def lengths(self) -> Tensor:
+        """(layers, batch, kv_heads) int32: tokens held, once `check` has found them."""
+        return self._tensors["lengths"]
+
+    def require_same(self, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+        """ValueError with the first entry of `wanted` that differs from that of `found`, and both values."""
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                rule = f"be {found.get(name)!r} as in the session file {self.path}"
+                raise ValueError(message(self.function, f"{what}{name}", rule, repr(value)))
+
+    def load(self, *, max_bytes: int | None = None, cls: type[PagedCache] | None = None) -> PagedCache:
+        """A new cache with all that the file holds."""
+        from lcore.cache.paged import PagedCache  # which imports this module
+
+        try:
+            options = {name: self.settings[name] for name in OPTIONS}
+            options["dtype"] = getattr(torch, options["dtype"])
+            if isinstance(options["kv_format"], list):
+                options["kv_format"] = tuple(options["kv_format"])
+            cache = (cls or PagedCache)(**options, max_bytes=max_bytes)
+        except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
+            raise self._file.refusal("have the settings of a cache of this version", error) from error
+        self.fill(cache)
+        return cache
+
+    def fill(self, cache: PagedCache) -> None:
+        """Puts all that the file holds into a cache of the same settings that holds nothing."""
+        slots, pool = cache._open(self.function), cache._open(self.function).pool
+        require(not slots.lengths.any(), self.function, "cache", "hold no tokens", "some")
+        used = self.check(cache)
+        count, named = self._file.page_shape[0], self._tensors["table"].numpy()[used]
+        with pool.lock:
+            slots._make_room(self.function, used.shape[-1], count, exact=True)
+            ids = pool.allocator.allocate(count)
+            try:
+                self._file.read_pages(pool.data.numpy(), ids)
+            except BaseException:
+                pool.allocator.release(ids)
+                raise
+            # `allocate` has counted the first slot that names a page.
+            pool.allocator.retain(ids[np.delete(named, np.unique(named, return_index=True)[1])])
+            for name, tensor in (slot_tensors(slots) | {"table": slots.table[..., : used.shape[-1]]}).items():
+                tensor.copy_(self._tensors[name])
+            slots.table.numpy()[..., : used.shape[-1]][used] = ids[named]
+
+    def close(self) -> None:
+        self._held.close()
+
+    def __enter__(self) -> StoredSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _strings(self, name: str) -> dict[str, Any]:
+        try:
+            values = json.loads(self._file.strings[name])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise self._file.refusal(f"have {name}", repr(error)) from error
+        if not isinstance(values, dict):
+            raise self._file.refusal(f"have {name} by name", type(values).__name__)
+        return values
+
+    def check(self, cache: PagedCache) -> NDArray[np.bool_]:
+        """Which entries of the table name pages; ValueError unless all but the pages fits such a cache."""
+        self.require_same(self.settings, settings(cache), "cache.")
+        slots = cache._open(self.function)
+        own, refusal = slot_tensors(slots), self._file.refusal
+        if set(own) != set(self._tensors):
+            raise refusal(f"have the tensors {', '.join(sorted(own))}", ", ".join(sorted(self._tensors)))
+        for name, tensor in self._tensors.items():
+            shape = (*own[name].shape[:-1], tensor.shape[-1]) if name == "table" else tuple(own[name].shape)
+            if tensor.dtype != own[name].dtype or tuple(tensor.shape) != shape:
+                rule = f"have {name} {dtype_name(own[name].dtype)} {shape}"
+                raise refusal(rule, f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}")
+        table, lengths = self._tensors["table"].numpy(), self._tensors["lengths"].numpy()
+        pages = lengths // slots.layout.page_size
+        if lengths.min() < 0 or pages.max() > table.shape[-1]:
+            raise refusal("name a page for every full one", f"lengths up to {lengths.max()}")
+        used = used_entries(table, pages)
+        count, page_bytes = self._file.page_shape
+        named = np.unique(table[used])
+        if not np.array_equal(named, np.arange(count)) or page_bytes != slots.layout.page_bytes:
+            raise refusal("name each of its pages", f"{count} pages of {page_bytes} bytes, {len(named)} named")
+        if self.tokens is not None and len(self.tokens) != lengths.shape[1]:
+            raise refusal("hold the tokens of every row", f"{len(self.tokens)} of {lengths.shape[1]}")
+        return used
+
+
+def settings(cache: PagedCache) -> dict[str, Any]:
+    """What a cache is made with, and what its pages look like, in JSON's types."""
+    layout = cache._open("PagedCache.save").layout
+    values = {name: getattr(cache, name) for name in OPTIONS}
+    values |= {f"page.{field.name}": getattr(layout, field.name) for field in fields(layout)}
+    values["page.bytes"] = layout.page_bytes
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def slot_tensors(slots: Slots) -> dict[str, Tensor]:
+    """All that slots know: their tensors, and their NumPy arrays as tensors of the same memory."""
+    values = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in vars(slots).items()
+    }
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def used_entries(table: NDArray[np.int32], pages: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Mask over the table: entries that name a page."""
+    used: NDArray[np.bool_] = np.arange(table.shape[-1]) < pages[..., None]
+    return used
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    return [_plain(part) for part in value] if isinstance(value, tuple) else getattr(value, "name", value)

@@ -1,0 +1,221 @@
+"""What a context of N tokens needs of memory, item by item, and the longest one that fits."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import psutil
+import torch
+from rich.box import SIMPLE
+from rich.console import Group
+from rich.table import Table
+
+from lcore.cache import PagedCache
+from lcore.cache.checks import MAX_TOKENS
+from lcore.cache.formats import FORMATS
+from lcore.errors import dtype_name, require
+from lcore.generation.memory import free_bytes, workspace_bytes
+from lcore.models.loading import open_checkpoint
+
+if TYPE_CHECKING:
+    from lcore.models import Decoder, ModelConfig
+
+KvFormat: TypeAlias = str | tuple[str, str] | None  # None is the model's own
+
+# Of what is free, the part that is left to the system and to other programs.
+_LEFT_ALONE = 1 / 32
+
+
+@dataclass(frozen=True)
+class FormatPlan:
+    """Bytes with one format of the cache. longest: tokens a row that fit; left: free bytes then, below 0 missing."""
+
+    kv_format: str
+    pages: int
+    tails_and_tables: int
+    needed: int
+    left: int
+    longest: int
+
+    @property
+    def fits(self) -> bool:
+        return self.left >= 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that a context of `context` tokens in each of `batch` rows needs beside what is `free`.
+
+    weights: that are not in memory yet. workspace: of one step that reads `chunk` tokens. In every format the pages,
+    tails and tables are what `PagedCache.stats` counts after `reserve(context)`.
+    """
+
+    context: int
+    batch: int
+    chunk: int
+    dtype: str
+    weights: int
+    workspace: int
+    free: int
+    formats: list[FormatPlan]
+
+
+class Planner:
+    """Plans for one model: its config, its dtype, the weight bytes that still have to come into memory, what is free.
+
+    new_cache makes an empty cache of a format; its own sizes are what is planned with.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        weights: int,
+        new_cache: Callable[[KvFormat], PagedCache],
+        *,
+        batch: int = 1,
+        prefill_chunk: int = 2048,
+        free: int | None = None,
+    ) -> None:
+        require(batch >= 1, "plan", "batch", "be 1 or more", batch)
+        require(prefill_chunk >= 1, "plan", "prefill_chunk", "be 1 or more", prefill_chunk)
+        self.config, self._dtype, self._weights, self._new_cache = config, dtype, weights, new_cache
+        self._batch, self._chunk = batch, prefill_chunk
+        self.free = int(free_bytes(torch.device("cpu")) * (1 - _LEFT_ALONE)) if free is None else free
+
+    def plan(self, context: int, formats: Sequence[KvFormat] = tuple(FORMATS)) -> Plan:
+        """The plan for `context` tokens a row, with a FormatPlan for each of `formats`."""
+        require(1 <= context <= MAX_TOKENS, "plan", "context", f"be in 1 .. {MAX_TOKENS}", context)
+        rows = []
+        for kv_format in formats:
+            cache = self._new_cache(kv_format)
+            pages, rest = cache_bytes(cache, context)
+            needed = self._weights + self._workspace(context) + pages + rest
+            rows.append(
+                FormatPlan(_name(cache.kv_format), pages, rest, needed, self.free - needed, self._longest(cache))
+            )
+        chunk = min(self._chunk, context)
+        workspace = self._workspace(context)
+        dtype = dtype_name(self._dtype)
+        return Plan(context, self._batch, chunk, dtype, self._weights, workspace, self.free, rows)
+
+    def longest(self, kv_format: KvFormat) -> int:
+        """Tokens a row that fit; 0 when not even one does."""
+        return self._longest(self._new_cache(kv_format))
+
+    def require_fits(self, context: int, kv_format: KvFormat) -> None:
+        """MemoryError with the bytes needed and free, and the formats and the context that would fit."""
+        chosen, *others = self.plan(context, [kv_format, *FORMATS]).formats
+        if chosen.fits:
+            return
+        fitting = ", ".join(repr(plan.kv_format) for plan in others if plan.fits)
+        instead = f"with kv_format {fitting} it would fit" if fitting else "no kv_format would fit"
+        raise MemoryError(
+            f"lcore.Generator: context={context:,} must fit into memory: {chosen.needed:,} bytes are needed with "
+            f"kv_format {chosen.kv_format!r}, {self.free:,} are free; {instead}, and {chosen.longest:,} tokens with "
+            "this one"
+        )
+
+    def _longest(self, cache: PagedCache) -> int:
+        def missing(tokens: int) -> bool:
+            return self._weights + self._workspace(tokens) + sum(cache_bytes(cache, tokens)) > self.free
+
+        # The first context that does not fit, searched among 1, 2, ...
+        return bisect.bisect_left(range(1, MAX_TOKENS), True, key=missing)
+
+    def _workspace(self, context: int) -> int:
+        chunk = min(self._chunk, context)
+        return workspace_bytes(self.config, chunk, self._batch, self._dtype.itemsize)
+
+
+def cache_bytes(cache: PagedCache, tokens: int) -> tuple[int, int]:
+    """Bytes of an empty cache after `reserve(tokens)`: of its pages, and of its tails, tables and lengths."""
+    stats = cache.stats()
+    slots = cache.num_layers * cache.batch_size * cache.num_kv_heads
+    pages = slots * (tokens // cache.page_size)
+    rest = int(stats["bytes"]) - int(stats["pool_bytes"]) + pages * torch.int32.itemsize
+    return pages * int(stats["page_bytes"]), rest
+
+
+def model_planner(model: Decoder, batch: int, prefill_chunk: int, free: int | None = None) -> Planner:
+    """For a model that is loaded: weights that are mapped from files have still to come into memory."""
+    mapped = mapped_bytes(list(model.parameters()))
+    return Planner(
+        model.config,
+        model.dtype,
+        mapped,
+        lambda kv_format: model.new_cache(batch, kv_format=kv_format),
+        batch=batch,
+        prefill_chunk=prefill_chunk,
+        free=free,
+    )
+
+
+def folder_planner(folder: Path, dtype: torch.dtype | None, batch: int, prefill_chunk: int) -> Planner:
+    """For a checkpoint folder, of which only the headers are read."""
+    model, checkpoint = open_checkpoint(folder)
+    config, stored = model.config, checkpoint.dtypes["model.embed_tokens.weight"] if dtype is None else dtype
+    weights = sum(parameter.numel() for parameter in model.parameters()) * stored.itemsize
+
+    def new_cache(kv_format: KvFormat) -> PagedCache:
+        sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
+        return PagedCache(*sizes, batch_size=batch, dtype=stored, kv_format=kv_format or "bf16")
+
+    return Planner(config, stored, weights, new_cache, batch=batch, prefill_chunk=prefill_chunk)
+
+
+def mapped_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of tensors in memory-mapped files. The system counts these as free, since it can drop them."""
+    maps = [entry for entry in psutil.Process().memory_maps(grouped=False) if entry.path.startswith("/")]
+    bounds = sorted(tuple(int(end, 16) for end in entry.addr.split("-")) for entry in maps)
+    starts = [begin for begin, _ in bounds]
+
+    def is_mapped(address: int) -> bool:
+        place = bisect.bisect_right(starts, address) - 1
+        return place >= 0 and address < bounds[place][1]
+
+    return sum(tensor.nbytes for tensor in tensors if is_mapped(tensor.data_ptr()))
+
+
+def context_room(planner: Planner, context: int | Literal["auto"], kv_format: KvFormat, needed: int) -> int:
+    """Tokens a row for which a generator makes room, when a call needs `needed`."""
+    if context == "auto":
+        limit = planner.config.max_position_embeddings or MAX_TOKENS
+        return max(needed, min(planner.longest(kv_format), limit))
+    require(needed <= context, "Generator", "prompt + max_new_tokens", f"fit into context={context:,}", f"{needed:,}")
+    planner.require_fits(context, kv_format)
+    return context
+
+
+def plan_table(plan: Plan) -> Group:
+    """The plan for a terminal."""
+    rows = "" if plan.batch == 1 else f" in each of {plan.batch} rows"
+    items = (
+        f"{plan.context:,} tokens{rows}, {_size(plan.free)} free\n"
+        f"weights {_size(plan.weights)} ({plan.dtype}), workspace {_size(plan.workspace)} "
+        f"({plan.chunk:,} tokens at a time)"
+    )
+    table = Table(box=SIMPLE)
+    table.add_column("kv_format", no_wrap=True)
+    for name in ("pages", "tails, tables", "with all", "left", "longest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in plan.formats:
+        sizes = (row.pages, row.tails_and_tables, row.needed, row.left)
+        table.add_row(row.kv_format, *map(_size, sizes), f"{row.longest:,}", style=None if row.fits else "red")
+    return Group(items, table)
+
+
+def _name(kv_format: tuple[str, str]) -> str:
+    """One name where K and V have the same."""
+    return ",".join(dict.fromkeys(kv_format))
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count} B"
