@@ -15,6 +15,7 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
+    "cache_compact_": ("cpu",),
     "merge_states": ("cpu", "cuda"),
     "rope": ("cpu",),
 }

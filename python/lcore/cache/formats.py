@@ -23,6 +23,11 @@ class Format:
     name: str
     dtype: torch.dtype
 
+    @property
+    def stores_values(self) -> bool:
+        """Whether a page holds the values themselves, so that a token can leave it without being coded again."""
+        return self.name in ("fp32", "fp16", "bf16")
+
     def bytes(self, values: int) -> int:
         """Bytes that `values` values take, padded to the alignment of what follows them in a page."""
         return -(-values * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lcore.cache import kernels
-from lcore.cache.checks import MAX_TOKENS, check_heads, check_int, check_options, check_states, row_counts, row_limits
+from lcore.cache.checks import check_heads, check_int, check_options, check_places, check_states, row_counts
 from lcore.cache.formats import page_layout
 from lcore.cache.pool import PagePool
 from lcore.cache.slots import Slots
+from lcore.cache.space import Space
 from lcore.errors import require
 from lcore.ops.attention import check_scores
 
 
-class PagedCache:
+class PagedCache(Space):
     """Keys and values of all layers for a batch of sequences, in pages of one pool.
 
     A page holds `page_size` tokens of one kv head: its K codes, then its V codes, each in its format. It is encoded
@@ -76,7 +76,7 @@ class PagedCache:
         self.page_size, self.max_bytes = page_size, max_bytes
         pool = PagePool(layout.page_bytes, max_bytes)
         shape = (num_layers, batch_size, num_kv_heads)
-        self._slots: Slots | None = Slots.empty("PagedCache", pool, layout, shape, dtype)
+        self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Puts new tokens behind those that a layer holds.
@@ -124,7 +124,8 @@ class PagedCache:
             (batch, new, heads, head_dim_v), dtype; 0 in padding rows.
 
         Raises:
-            ValueError: also when a row has more queries than the layer holds tokens.
+            ValueError: also when a row has more queries than the layer holds tokens, when one of them has been evicted,
+                and for a window or slopes after evictions.
         """
         name = "PagedCache.attend"
         slots = self._layer(name, layer)
@@ -137,41 +138,21 @@ class PagedCache:
         counts = row_counts(name, lengths, self.batch_size, new)
         alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, heads)
         view = slots.layers[layer]
-        held = view.host_lengths.min(axis=1)
-        fits = (held >= (new if counts is None else counts.numpy())).all()
-        require(fits, name, "q", f"have at most the {held.tolist()} tokens held by each row", q.shape[1])
+        seen, thinned = slots.seen.numpy()[layer], slots.thinned.numpy()[layer]
+        check_places(name, new, counts, view.host_lengths, seen, thinned, window_size, alibi_slopes)
         scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
-        return kernels.attend(
+        out, _ = kernels.attend(
             slots.pool.data, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
         )
+        return out
 
     def seen(self, layer: int = 0) -> Tensor:
-        """(batch,) int64: tokens ever appended to a layer in each row, the position of the next one."""
-        return self._layer("PagedCache.seen", layer).lengths[layer, :, 0].to(torch.int64)
+        """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""
+        return self._layer("PagedCache.seen", layer).seen[layer].clone()
 
     def lengths(self, layer: int) -> Tensor:
         """(batch, kv_heads) int32: tokens that a layer holds, a copy."""
         return self._layer("PagedCache.lengths", layer).lengths[layer].clone()
-
-    def reserve(self, tokens: int) -> None:
-        """Makes room for every row to hold `tokens` tokens in all layers, in one exact allocation.
-
-        Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
-        """
-        slots = self._open("PagedCache.reserve")
-        check_int("PagedCache.reserve", "tokens", tokens, 0, MAX_TOKENS)
-        slots.reserve("PagedCache.reserve", tokens)
-
-    def crop(self, n: int | Tensor) -> None:
-        """Keeps the first n tokens of every row in every layer; what holds no more than n is left as it is.
-
-        So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
-        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes.
-
-        Args:
-            n: tokens to keep, one number or (batch,) int64 or int32.
-        """
-        self._open("PagedCache.crop").crop(row_limits("PagedCache.crop", n, self.batch_size))
 
     def fork(self) -> PagedCache:
         """A cache with the same content that goes its own way: full pages are shared, tables and tails are copied.
@@ -188,7 +169,8 @@ class PagedCache:
 
         Returns:
             bytes: of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole in each
-                fork) + tail_bytes + table_bytes. tokens: of all rows, each counted in its longest layer and head.
+                fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers).
+            tokens: of all rows, each counted in its longest layer and head.
             pages: that this cache holds, of all layers and heads, page_bytes each. free_pages: of the pool, that no
                 cache holds.
             bits_per_value: that one value takes in a page, padding included.
@@ -219,28 +201,3 @@ class PagedCache:
     def load(cls, path: str | os.PathLike[str]) -> NoReturn:
         """Not there yet."""
         raise NotImplementedError("lcore.PagedCache.load: no sessions on disk yet; append the tokens again")
-
-    def close(self) -> None:
-        """Gives pages and memory back; the cache cannot be used afterwards. Closing twice does nothing."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            slots.release()
-
-    def __del__(self) -> None:
-        # Nothing to close after an __init__ that refused; no one to give pages to when the interpreter ends.
-        if getattr(self, "_slots", None) is not None and not sys.is_finalizing():
-            self.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("lcore.PagedCache: a cache cannot be copied or pickled; use fork()")
-
-    def _open(self, function: str) -> Slots:
-        if self._slots is None:
-            raise ValueError(f"lcore.{function}: the cache must be open, got a closed one")
-        return self._slots
-
-    def _layer(self, function: str, layer: int) -> Slots:
-        """The slots, once layer is known to exist."""
-        slots = self._open(function)
-        check_int(function, "layer", layer, 0, self.num_layers - 1)
-        return slots
