@@ -47,6 +47,7 @@ NEW = [
     ({"max_bytes": -1}, ValueError, "max_bytes must be an integer >= 0, got -1"),
     ({"max_bytes": 1e9}, TypeError, "max_bytes must be an integer >= 0, got 1000000000.0"),
     ({"device": "warp"}, ValueError, "device must be a torch device, got warp"),
+    ({"policy": "h2o"}, TypeError, "policy must be an lcore.policies.Policy or None, got 'h2o'"),
 ]  # fmt: skip
 
 MISSING = [
@@ -56,7 +57,6 @@ MISSING = [
     ({"device": "cuda"}, "no kernels for device cuda yet; use device='cpu'"),
     ({"device": torch.device("meta")}, "no kernels for device meta yet; use device='cpu'"),
     ({"rotate": True}, "no kernels for rotate=True yet; use rotate=False"),
-    ({"policy": object()}, "no eviction policies yet; use policy=None, and crop"),
 ]  # fmt: skip
 
 APPEND = [

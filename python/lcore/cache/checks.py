@@ -31,7 +31,6 @@ def check_options(
     device: str | torch.device,
     rotate: bool,
     max_bytes: int | None,
-    policy: Any,
 ) -> None:
     """What a cache is made with; NotImplementedError for what is not there yet."""
     for argument, size in sizes.items():
@@ -47,8 +46,6 @@ def check_options(
         raise NotImplementedError(f"lcore.{function}: no kernels for device {device} yet; use device='cpu'")
     if rotate:
         raise NotImplementedError(f"lcore.{function}: no kernels for rotate=True yet; use rotate=False")
-    if policy is not None:
-        raise NotImplementedError(f"lcore.{function}: no eviction policies yet; use policy=None, and crop")
 
 
 def check_states(

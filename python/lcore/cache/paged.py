@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from lcore.cache import kernels
 from lcore.cache.checks import check_heads, check_int, check_options, check_places, check_states, row_counts
 from lcore.cache.formats import page_layout
+from lcore.cache.policies.base import Policy, check_policy
+from lcore.cache.policies.step import after_attention
+from lcore.cache.policies.view import LayerView
 from lcore.cache.pool import PagePool
 from lcore.cache.slots import Slots
 from lcore.cache.space import Space
@@ -36,7 +39,7 @@ class PagedCache(Space):
         rotate: False; a Hadamard rotation before coding is not there yet.
         page_size: tokens a page, 1 to 4096.
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
-        policy: None; eviction is not there yet.
+        policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
 
     Raises:
         TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
@@ -63,17 +66,18 @@ class PagedCache(Space):
         rotate: bool = False,
         page_size: int = 64,
         max_bytes: int | None = None,
-        policy: Any = None,
+        policy: Policy | None = None,
         head_dim_v: int | None = None,
     ) -> None:
         layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size)
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
-        check_options("PagedCache", sizes, dtype, device, rotate, max_bytes, policy)
+        check_options("PagedCache", sizes, dtype, device, rotate, max_bytes)
+        check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
         self.dtype, self.device = dtype, torch.device("cpu")
         self.kv_format = (layout.k.name, layout.v.name)
-        self.page_size, self.max_bytes = page_size, max_bytes
+        self.page_size, self.max_bytes, self.policy = page_size, max_bytes, policy
         pool = PagePool(layout.page_bytes, max_bytes)
         shape = (num_layers, batch_size, num_kv_heads)
         self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
@@ -120,12 +124,16 @@ class PagedCache(Space):
             lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
             window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
 
+        With a policy, tokens that exceed its budget are dropped once the output is there: attend once after an append.
+        A layer that is read with a window or slopes keeps all its tokens.
+
         Returns:
             (batch, new, heads, head_dim_v), dtype; 0 in padding rows.
 
         Raises:
             ValueError: also when a row has more queries than the layer holds tokens, when one of them has been evicted,
                 and for a window or slopes after evictions.
+            MemoryError: the policy needs room for copies of shared pages; all tokens are still there.
         """
         name = "PagedCache.attend"
         slots = self._layer(name, layer)
@@ -141,9 +149,13 @@ class PagedCache(Space):
         seen, thinned = slots.seen.numpy()[layer], slots.thinned.numpy()[layer]
         check_places(name, new, counts, view.host_lengths, seen, thinned, window_size, alibi_slopes)
         scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
-        out, _ = kernels.attend(
+        out, lse = kernels.attend(
             slots.pool.data, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
         )
+        # The tokens that a window or a slope measures distances to must all stay.
+        if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
+            seen_layer = LayerView(slots, layer, q.detach(), lse, counts, scale, softcap)
+            after_attention(name, self.policy, slots, seen_layer)
         return out
 
     def seen(self, layer: int = 0) -> Tensor:
