@@ -1,5 +1,7 @@
 """PagedCache.trim: the bytes that nobody needs go back to the system; and evictions that are interrupted."""
 
+import threading
+
 import pytest
 import torch
 from cache_cases import Twins, all_pages_are_free, allocator_of, contents, inside, pool_of, random_kv
@@ -126,3 +128,54 @@ def test_an_interrupted_eviction_loses_no_page(kernel_has_run, monkeypatch):
     root.cache.close()
     twins.cache.close()
     assert all_pages_are_free(allocator)
+
+
+def test_spare_pages_stay():
+    twins = Twins(page_size=16, batch_size=2)
+    twins.append(160)
+    twins.crop(100)
+    pages = twins.cache.stats()["pages"]
+    twins.cache.trim(5)
+    assert twins.cache.stats()["free_pages"] == 5 and pool_of(twins.cache).shape[0] == pages + 5
+    twins.cache.trim(50)
+    assert twins.cache.stats()["free_pages"] == 5
+    data = pool_of(twins.cache)
+    twins.append(12)
+    assert pool_of(twins.cache) is data and twins.cache.stats()["free_pages"] == 1
+    twins.check(12)
+    with pytest.raises(ValueError, match=r"spare_pages must be an integer >= 0, got -1"):
+        twins.cache.trim(-1)
+
+
+def test_trim_while_forks_read(threads):
+    torch.set_num_threads(1)
+    root = Twins(page_size=16)
+    root.append(400)
+    root.crop(300)
+    q = torch.randn(1, 20, 2, 16)
+    want = root.cache.attend(0, q)
+    forks, failures, done = [root.cache.fork() for _ in range(2)], [], threading.Event()
+
+    def read(cache):
+        while not done.is_set():
+            if not torch.equal(cache.attend(0, q), want):
+                failures.append("bits differ")
+
+    readers = [threading.Thread(target=read, args=(fork,)) for fork in forks]
+    for reader in readers:
+        reader.start()
+    keep = torch.rand(1, 2, 300) > 0.5
+    for _ in range(40):
+        other = root.cache.fork()
+        other.append(0, *random_kv(1, 200, 2, 16))
+        root.cache.trim()
+        other.crop(300)
+        other.evict(0, keep)
+        root.cache.trim()
+        other.close()
+        root.cache.trim()
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert not failures
+    root.check(20)

@@ -14,6 +14,7 @@ import torch
 import typer
 
 import lcore
+from lcore.cache.policies import parse_policy
 from lcore.demo import run_demo
 from lcore.evaluation import needle
 from lcore.generation import Done, Event, Generator, Stats, Token, show_prefill
@@ -79,6 +80,10 @@ def generate(
         str | None, typer.Option(help="Format of the cache, fp32, fp16 or bf16 (K,V for two); default: the dtype.")
     ] = None,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens read at a time.")] = 2048,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048."),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")
     ] = "auto",
@@ -98,7 +103,8 @@ def generate(
             raise ValueError(f"lcore generate: --model must hold a tokenizer.json, got {model}")
         use_chat = decoder.tokenizer.chat_template is not None if chat is None else chat
         formats = tuple(kv_format.split(",")) if kv_format and "," in kv_format else kv_format
-        generator = Generator(decoder, kv_format=formats, prefill_chunk=prefill_chunk)  # type: ignore[arg-type]
+        keep = None if policy is None else parse_policy(policy)
+        generator = Generator(decoder, formats, prefill_chunk, keep)  # type: ignore[arg-type]
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,
             max_new_tokens,

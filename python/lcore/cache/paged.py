@@ -145,12 +145,12 @@ class PagedCache(Space):
         check_scores(name, window_size, softmax_scale, softcap)
         counts = row_counts(name, lengths, self.batch_size, new)
         alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, heads)
-        view = slots.layers[layer]
+        pages, view = slots.snapshot(layer)
         seen, thinned = slots.seen.numpy()[layer], slots.thinned.numpy()[layer]
         check_places(name, new, counts, view.host_lengths, seen, thinned, window_size, alibi_slopes)
         scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
         out, lse = kernels.attend(
-            slots.pool.data, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
+            pages, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
         )
         # The tokens that a window or a slope measures distances to must all stay.
         if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():

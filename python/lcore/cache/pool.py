@@ -85,20 +85,22 @@ class PagePool:
         self.allocator.grow(data.shape[0])
         self.data = data
 
-    def trim(self, function: str) -> None:
-        """Gives free pages back to the system: moves the last pages to the places of free ones and shrinks the tensor.
+    def trim(self, function: str, spare: int) -> None:
+        """Gives all free pages but `spare` back: moves the last pages to the places of free ones, shrinks the tensor.
 
         For a moment both tensors are held. MemoryError when the system has no room for the smaller one.
         """
         with self.lock:
             used = self.allocator.num_pages - self.allocator.free_count
-            if used == self.data.shape[0]:
+            if used + spare >= self.data.shape[0]:
                 return
             ids = self.allocator.packed()
-            data = new_tensor(function, (used, self.page_bytes), torch.uint8).copy_(self.data[:used])
+            data = new_tensor(function, (used + spare, self.page_bytes), torch.uint8)
+            data[:used] = self.data[:used]
             moved = np.flatnonzero(ids[used:] >= 0) + used
             data[torch.from_numpy(ids[moved]).long()] = self.data[torch.from_numpy(moved)]
             self.allocator.pack()
+            self.allocator.grow(used + spare)
             for holder in self.holders:
                 holder.renumber(ids)
             self.data = data

@@ -219,19 +219,20 @@ class Slots:
             self.pool.member_bytes -= self.nbytes
 
     def renumber(self, ids: Ids) -> None:
-        """As `Holder`."""
-        table = self.table.numpy()
-        used = between(0, self.full_pages(), table.shape[-1])
-        table[used] = ids[table[used]]
+        """As `Holder`. The table is a new one, as wide as needed: who reads by the old one has the old pool too."""
+        full = self.full_pages()
+        width = int(full.max())
+        table = new_tensor("PagedCache.trim", (*full.shape, width), torch.int32).copy_(self.table[..., :width])
+        used, host = between(0, full, width), table.numpy()
+        host[used] = ids[host[used]]
+        self.pool.member_bytes += table.nbytes - self.table.nbytes
+        self.table = table
+        self.layers = self._views()
 
-    def narrow_table(self, function: str) -> None:
-        """Shortens the table to what the longest slot needs."""
+    def snapshot(self, layer: int) -> tuple[torch.Tensor, Layer]:
+        """The pool's pages, and a layer that names them."""
         with self.pool.lock:
-            width = int(self.full_pages().max())
-            table = new_tensor(function, (*self.lengths.shape, width), torch.int32).copy_(self.table[..., :width])
-            self.pool.member_bytes += table.nbytes - self.table.nbytes
-            self.table = table
-            self.layers = self._views()
+            return self.pool.data, self.layers[layer]
 
     def _ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
         """Ids of the pages first .. last - 1 of every slot."""

@@ -54,12 +54,11 @@ class Space(Handle):
         slots = self._layer("PagedCache.evict", layer)
         evict("PagedCache.evict", slots, layer, check_keep(slots.layers[layer].host_lengths, keep), whole_pages=False)
 
-    def trim(self) -> None:
-        """Gives free pages back to the system; `stats()["bytes"]` is then what the tokens need.
+    def trim(self, spare_pages: int = 0) -> None:
+        """Gives free pages but `spare_pages` back to the system; `stats()["bytes"]` is then what the tokens need.
 
-        The pool moves to a smaller tensor, for a moment both are held. Ids of pages change: no cache of the family may
-        be in use by another thread meanwhile. Raises MemoryError when there is no room for the smaller tensor.
+        The pool moves to a smaller tensor, for a moment both are held. Raises MemoryError when there is no room for it.
         """
         slots = self._open("PagedCache.trim")
-        slots.narrow_table("PagedCache.trim")
-        slots.pool.trim("PagedCache.trim")
+        check_int("PagedCache.trim", "spare_pages", spare_pages, 0)
+        slots.pool.trim("PagedCache.trim", spare_pages)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lcore.cache import PagedCache
+from lcore.cache.policies import Policy
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
 from lcore.generation.loop import Loop, Row
@@ -38,11 +39,12 @@ class Generator:
     model:          a decoder as `lcore.load_model` returns it.
     kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
-    policy:         None; eviction policies do not exist yet.
+    policy:         which tokens its caches keep, one of `lcore.policies` or one's own; None keeps all. After the prompt
+                    the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
 
     After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
 
-    Raises: TypeError or ValueError for a bad prefill_chunk; NotImplementedError for a policy.
+    Raises: TypeError or ValueError for a bad argument; `stream` also for a policy that does not fit the cache.
     """
 
     def __init__(
@@ -50,18 +52,15 @@ class Generator:
         model: Decoder,
         kv_format: str | tuple[str, str] | None = None,
         prefill_chunk: int = 2048,
-        policy: object = None,
+        policy: Policy | None = None,
     ) -> None:
-        if policy is not None:
-            raise NotImplementedError(
-                f"lcore.Generator: policy must be None, got {policy!r}: no eviction policy exists yet, every token "
-                "is kept; kv_format='bf16' or 'fp16' halves a float32 cache"
-            )
+        is_policy = policy is None or isinstance(policy, Policy)
+        require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
         check_int("prefill_chunk", prefill_chunk, at_least=1)
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
-        self.kv_format = kv_format
+        self.kv_format, self.policy = kv_format, policy
         self._warned = False
 
     def stream(
@@ -92,7 +91,8 @@ class Generator:
         Everything is checked in this call, before any work. After a row's `Done` the cache holds its prompt and all its
         tokens; a stream that is closed earlier may not have fed its last token (`cache.seen()` tells). When the work is
         interrupted, by Ctrl-C or an error, the cache is cut back to the tokens that went through the whole model, so
-        that it can be continued, and the exception goes on.
+        that it can be continued, and the exception goes on. Where a policy has already dropped tokens of the chunk
+        that was being read, there is no way back: the cache is closed.
 
         Raises: ValueError (empty prompt, id outside the vocabulary, value out of range); TypeError; MemoryError with
         the bytes needed, the bytes free and the context that would fit. Warns once when the context is longer than the
@@ -159,10 +159,10 @@ class Generator:
         """`cache`, or a new one, with room for `new_tokens[row]` more tokens in each row, if memory has it."""
         config, model = self.model.config, self.model
         if cache is None:
-            cache = model.new_cache(len(new_tokens), kv_format=self.kv_format)
+            cache = model.new_cache(len(new_tokens), kv_format=self.kv_format, policy=self.policy)
         chunk = min(self.prefill_chunk, max(new_tokens))
         workspace = workspace_bytes(config, chunk, len(new_tokens), model.dtype.itemsize)
-        reserve(cache, new_tokens, workspace, free_bytes(model.device))
+        reserve(cache, new_tokens, workspace, free_bytes(model.device), chunk)
         return cache
 
     def _warn_beyond_training(self, length: int) -> None:

@@ -19,7 +19,7 @@ def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]
 
     Zeros stand behind a slot's last token.
     """
-    view, size, pool = slots.layers[layer], slots.layout.page_size, slots.pool.data
+    (pool, view), size = slots.snapshot(layer), slots.layout.page_size
     lengths = view.lengths.long()
     full, width = lengths // size, int(lengths.max())
     step = max(1, _KEYS // size)

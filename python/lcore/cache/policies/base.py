@@ -102,6 +102,10 @@ class Policy:
         """Tokens that are dropped as one from a cache of this layout."""
         return self.unit or (1 if stores_values(layout) else layout.page_size)
 
+    def slack_of(self, page_size: int) -> int:
+        """`slack` of a cache with such pages."""
+        return page_size if self.slack is None else self.slack
+
     def tokens_of(self, seen: Tensor) -> Tensor:
         """The budget in tokens after so many seen, int64."""
         if self.budget == math.inf:
@@ -110,9 +114,13 @@ class Policy:
             return (self.budget * seen.double()).ceil().long()
         return torch.full_like(seen, self.budget)
 
-    def mean_held(self, tokens: int) -> int:
-        """Tokens that a head holds after so many, on average over layers and heads."""
-        return min(tokens, int(self.tokens_of(torch.tensor([tokens]))))
+    def mean_budget(self, seen: int) -> int:
+        """Tokens that a head may hold after so many, on average over layers and heads."""
+        return min(seen, int(self.tokens_of(torch.tensor([seen]))))
+
+    def held_after(self, seen: int, chunk: int, page_size: int) -> int:
+        """Tokens that a head holds at most after so many, `chunk` at a time, on average over layers and heads."""
+        return min(seen, self.mean_budget(seen) + max(chunk, self.slack_of(page_size)))
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

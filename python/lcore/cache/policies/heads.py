@@ -88,6 +88,6 @@ class DuoAttention(StreamingLLM):
         shape, got = (num_layers, num_kv_heads), tuple(torch.tensor(self.full).shape)
         require(got == shape, function, "policy.full", f"have shape (layers, kv_heads) = {shape}", got)
 
-    def mean_held(self, tokens: int) -> int:
+    def mean_budget(self, seen: int) -> int:
         full = float(torch.tensor(self.full, dtype=torch.float64).mean())
-        return round(full * tokens + (1 - full) * super().mean_held(tokens))
+        return round(full * seen + (1 - full) * super().mean_budget(seen))

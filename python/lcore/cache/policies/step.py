@@ -35,7 +35,7 @@ def after_attention(function: str, policy: Policy, slots: Slots, layer: LayerVie
 def _kept(policy: Policy, slots: Slots, layer: LayerView) -> Tensor | None:
     """(batch, kv_heads, keys) bool: the tokens that stay; None when all do."""
     budgets = policy.budgets(layer)
-    slack = torch.where(layer.new > 1, 0, layer.page_size if policy.slack is None else policy.slack)[:, None]
+    slack = torch.where(layer.new > 1, 0, policy.slack_of(layer.page_size))[:, None]
     if policy.shares_budget:
         excess = (layer.lengths - budgets - slack).sum(1, keepdim=True)
     else:
