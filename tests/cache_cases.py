@@ -75,6 +75,12 @@ class Twins:
         self.cache.crop(tokens)
         self.model.crop(tokens)
 
+    def evict(self, share: float, layer: int = 0) -> None:
+        """Drops about this share of the tokens of a layer, other ones in each slot."""
+        keep = torch.rand(self.batch, self.kv_heads, int(self.cache.lengths(layer).max())) >= share
+        self.cache.evict(layer, keep)
+        self.model.evict(layer, keep)
+
     def fork(self) -> Twins:
         twin = object.__new__(Twins)
         twin.__dict__.update(self.__dict__)
@@ -84,7 +90,7 @@ class Twins:
     def check_lengths(self) -> None:
         for layer in range(self.layers):
             assert torch.equal(self.cache.lengths(layer), self.model.lengths(layer))
-            assert self.cache.seen(layer).tolist() == self.model.lengths(layer)[:, 0].tolist()
+            assert torch.equal(self.cache.seen(layer), self.model.seen[layer])
 
 
 def pool_of(cache: lcore.PagedCache) -> Tensor:

@@ -17,3 +17,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For many small tensors: waking a second thread costs more than it brings."""
+    torch.set_num_threads(1)

@@ -35,6 +35,7 @@ class ByteTokenizer:
 class HistoryCache:
     page_size = num_kv_heads = head_dim = head_dim_v = 1
     kv_format = "fp32"
+    policy = None
 
     def __init__(self, batch_size: int, num_layers: int = 3) -> None:
         self.batch_size = batch_size
@@ -77,8 +78,8 @@ class HistoryCache:
         return 8 * layers
 
     def stats(self) -> dict[str, int]:
-        held = 8 * sum(len(row) for layer in self.layers for row in layer)
-        return {"bytes": held, "pool_bytes": held, "free_pages": 0}
+        pages = sum(len(row) for layer in self.layers for row in layer)
+        return {"bytes": 8 * pages, "pool_bytes": 8 * pages, "pages": pages, "free_pages": 0}
 
 
 class HistoryModel:
@@ -104,7 +105,7 @@ class HistoryModel:
         self.steps: list[list[int]] = []  # real tokens of each row, step by step
         self.interrupt_at: tuple[int, int] | None = None  # (step, layer) that raises KeyboardInterrupt
 
-    def new_cache(self, batch_size: int = 1, kv_format: str | None = None) -> HistoryCache:
+    def new_cache(self, batch_size: int = 1, kv_format: str | None = None, policy: None = None) -> HistoryCache:
         return HistoryCache(batch_size)
 
     def __call__(self, tokens, cache, *, last_only, lengths=None):

@@ -40,7 +40,8 @@ NEW = [
     ({"page_size": None}, TypeError, "page_size must be an integer in [1, 4096], got None"),
     ({"dtype": torch.float64}, TypeError, "dtype must be float32, float16 or bfloat16, got torch.float64"),
     ({"dtype": "bf16"}, TypeError, "dtype must be float32, float16 or bfloat16, got bf16"),
-    ({"kv_format": "fp64"}, ValueError, "kv_format must be one of 'fp32', 'fp16', 'bf16', 'fp8', 'int8', 'int4', 'int2', got 'fp64'"),
+    ({"kv_format": "fp64"}, ValueError, 
+     "kv_format must be one of 'fp32', 'fp16', 'bf16', 'fp8', 'int8', 'int4', 'int2', got 'fp64'"),
     ({"kv_format": 16}, TypeError, "kv_format must be a format name, or a pair of names (k, v), got 16"),
     ({"kv_format": ("bf16",) * 3}, TypeError,
      "kv_format must be a format name, or a pair of names (k, v), got ('bf16', 'bf16', 'bf16')"),
@@ -50,12 +51,12 @@ NEW = [
     ({"max_bytes": -1}, ValueError, "max_bytes must be an integer >= 0, got -1"),
     ({"max_bytes": 1e9}, TypeError, "max_bytes must be an integer >= 0, got 1000000000.0"),
     ({"device": "warp"}, ValueError, "device must be a torch device, got warp"),
+    ({"policy": "h2o"}, TypeError, "policy must be an lcore.policies.Policy or None, got 'h2o'"),
 ]  # fmt: skip
 
 MISSING = [
     ({"device": "cuda"}, "no kernels for device cuda yet; use device='cpu'"),
     ({"device": torch.device("meta")}, "no kernels for device meta yet; use device='cpu'"),
-    ({"policy": object()}, "no eviction policies yet; use policy=None, and crop"),
 ]  # fmt: skip
 
 APPEND = [

@@ -1,4 +1,4 @@
-"""Any order of append, attend, fork, crop and close, against the model in plain torch."""
+"""Any order of append, attend, evict, fork, crop, trim and close, against the model in plain torch."""
 
 import itertools
 
@@ -72,7 +72,7 @@ class CacheMachine(RuleBasedStateMachine):
     def attend_again(self, data):
         twins = self.pick(data)
         layer = data.draw(st.integers(0, twins.layers - 1), label="layer")
-        held = int(twins.cache.lengths(layer).min())
+        held = int(twins.model.unbroken(layer).min())
         twins.check(data.draw(st.integers(0, min(held, 20)), label="queries"), 2, None, layer)
 
     @rule(data=st.data(), per_row=st.booleans())
@@ -80,12 +80,26 @@ class CacheMachine(RuleBasedStateMachine):
         twins = self.pick(data)
         longest = int(twins.cache.seen().max())
         numbers = st.integers(0, longest + 1).map(lambda dropped: max(longest - dropped, 0))
-        if per_row:
-            rows = data.draw(st.lists(numbers, min_size=self.batch, max_size=self.batch), label="tokens")
-            twins.crop(torch.tensor(rows))
-        else:
-            twins.crop(data.draw(numbers, label="tokens"))
-        twins.check(min(1, int(twins.cache.lengths(0).min())))
+        rows = st.lists(numbers, min_size=self.batch, max_size=self.batch).map(torch.tensor)
+        tokens = data.draw(rows if per_row else numbers, label="tokens")
+        if not twins.model.can_crop(tokens):
+            with pytest.raises(ValueError, match="n must be 0 or >="):
+                twins.cache.crop(tokens)
+            return
+        twins.crop(tokens)
+        twins.check(min(1, int(twins.model.unbroken(0).min())))
+
+    @rule(data=st.data(), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    def evict(self, data, share):
+        twins = self.pick(data)
+        layer = data.draw(st.integers(0, twins.layers - 1), label="layer")
+        twins.evict(share, layer)
+
+    @rule(data=st.data())
+    def trim(self, data):
+        twins = self.pick(data)
+        twins.cache.trim()
+        assert pool_of(twins.cache).shape[0] == self.allocator.num_pages and self.allocator.free_count == 0
 
     @precondition(lambda self: len(self.family) < MOST_FORKS)
     @rule(data=st.data())

@@ -55,6 +55,15 @@ def test_generate_passes_its_options_on(run, folder):
     assert other.stdout != result.stdout
 
 
+def test_generate_keeps_what_a_policy_keeps(run, folder):
+    prompt = "All work and no play makes Jack a dull boy. " * 5
+    arguments = ["generate", "-m", folder, "-p", prompt, "-n", 20, "--prefill-chunk", 64]
+    result = run(*arguments, "--policy", "snapkv:budget=40,window=8")
+    generator = Generator(lcore.load_model(folder), prefill_chunk=64, policy=lcore.policies.SnapKV(40, window=8))
+    assert result.stdout == generator.generate(prompt, max_new_tokens=20).text + "\n"
+    assert result.stdout != run(*arguments).stdout
+
+
 def test_generate_reads_files_and_stdin(run, folder, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("día\n", encoding="utf-8")
@@ -101,6 +110,8 @@ def test_generate_in_another_dtype(run, folder):
         (["-p", "a", "--dtype", "int8"], 2, "Invalid value for '--dtype'"),
         (["-p", "a", "--kv-format", "int3"], 1, "kv_format"),
         (["-p", "a", "--chat"], 1, "chat_template"),
+        (["-p", "a", "--policy", "lru"], 1, "error: lcore.policies: policy must be one of adakv, cam, h2o"),
+        (["-p", "a", "--policy", "h2o"], 1, "must be given a budget, as in h2o:budget=2048"),
         (["-p", "a", "--prefill-chunk", "0"], 1, "prefill_chunk must be 1 or more, got 0"),
     ],
 )

@@ -140,5 +140,5 @@ def test_bad_generators():
         Generator(HistoryModel(), prefill_chunk=0)
     with pytest.raises(TypeError, match=r"prefill_chunk must be an int, got 1\.5"):
         Generator(HistoryModel(), prefill_chunk=1.5)
-    with pytest.raises(NotImplementedError, match=r"policy must be None, got 'snapkv'.*kv_format"):
+    with pytest.raises(TypeError, match=r"policy must be an lcore\.policies\.Policy or None, got 'snapkv'"):
         Generator(HistoryModel(), policy="snapkv")

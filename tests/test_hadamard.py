@@ -46,5 +46,5 @@ def test_gradient_and_registration():
 def test_errors():
     with pytest.raises(ValueError, match=r"lcore.hadamard: x must have shape \(batch, seq, heads, dim\)"):
         lcore.hadamard(torch.randn(3))
-    with pytest.raises(TypeError, match="lcore.hadamard: x must"):
+    with pytest.raises(TypeError, match=r"lcore.hadamard: x must"):
         lcore.hadamard(torch.zeros(1, 1, 1, 4, dtype=torch.int64))

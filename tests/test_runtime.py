@@ -180,3 +180,46 @@ def test_threads_never_share_a_page():
         thread.join()
     assert clashes == []
     assert pages.free_count == 400
+
+
+def test_pack_moves_the_highest_pages_to_the_lowest_free_ids():
+    pages = PageAllocator(200)
+    pages.allocate(180)
+    pages.retain(ids(179))
+    free = [0, 5, 64, 65, *range(70, 170)]
+    pages.release(ids(*free))
+    before = [pages.refcount(i) for i in range(200)]
+    packed = pages.packed()
+    used = [i for i in range(180) if i not in free]
+    assert packed.dtype == np.int32 and sorted(packed[used]) == list(range(76))
+    assert (packed[free] == -1).all() and (packed[180:] == -1).all()
+    assert all(packed[i] == i for i in used if i < 76)
+    assert packed[[170, 171, 179]].tolist() == [0, 5, 75]
+    pages.pack()
+    assert (pages.num_pages, pages.free_count) == (76, 0)
+    assert all(pages.refcount(int(packed[i])) == before[i] for i in used)
+    pages.grow(300)
+    assert pages.allocate(2).tolist() == [76, 77]
+    assert pages.release(ids(3)) == 1 and pages.allocate(1).tolist() == [3]
+
+
+@pytest.mark.parametrize("held", [0, 1, 64, 130])
+def test_pack_of_what_is_full_or_empty(held):
+    pages = PageAllocator(130)
+    pages.allocate(held)
+    pages.pack()
+    assert (pages.num_pages, pages.free_count) == (held, 0)
+    pages.pack()
+    pages.grow(130)
+    assert pages.allocate(130 - held).tolist() == list(range(held, 130))
+
+
+def test_refcounts():
+    pages = PageAllocator(4)
+    held = pages.allocate(3)
+    pages.retain(ids(1, 1))
+    assert pages.refcounts(ids(2, 1, 0, 1)).tolist() == [1, 3, 1, 3]
+    for bad in (3, 4, -1):
+        with pytest.raises(ValueError, match=f"ids must be pages in use, got {bad}"):
+            pages.refcounts(ids(0, bad))
+    assert pages.refcounts(held[:0]).tolist() == []

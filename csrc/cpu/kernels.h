@@ -10,6 +10,7 @@ struct AttentionParams;
 struct AttentionGradParams;
 struct CacheAppendParams;
 struct HadamardParams;
+struct CacheCompactParams;
 struct MergeParams;
 struct MergeGradParams;
 struct RopeParams;
@@ -23,6 +24,7 @@ struct KernelTable {
   void (*attention_backward)(const AttentionGradParams&, Executor&);
   void (*cache_append)(const CacheAppendParams&, Executor&);
   void (*hadamard)(const HadamardParams&, Executor&);
+  void (*cache_compact)(const CacheCompactParams&, Executor&);
   void (*merge_states)(const MergeParams&, Executor&);
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);

@@ -10,6 +10,7 @@ void attention_forward(const AttentionParams&, Executor&);
 void attention_backward(const AttentionGradParams&, Executor&);
 void cache_append(const CacheAppendParams&, Executor&);
 void hadamard(const HadamardParams&, Executor&);
+void cache_compact(const CacheCompactParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void rope(const RopeParams&, Executor&);
@@ -23,6 +24,7 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             attention_backward,
                             cache_append,
                             hadamard,
+                            cache_compact,
                             merge_states,
                             merge_states_backward,
                             rope,

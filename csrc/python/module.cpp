@@ -39,7 +39,14 @@ NB_MODULE(_runtime, m) {
           "release", [](PageAllocator& self, const Ids& ids) { return self.release(span_of(ids)); },
           nb::arg("ids").noconvert(), "One reference less for each id; returns how many pages became free.")
       .def("grow", &PageAllocator::grow, nb::arg("num_pages"), "Adds pages up to this total.")
+      .def(
+          "packed", [](const PageAllocator& self) { return to_numpy(self.packed()); },
+          "The id that pack() gives to each page, int32; -1 for a free one.")
+      .def("pack", &PageAllocator::pack, "Moves the highest pages in use to the lowest free ids and drops free pages.")
       .def("refcount", &PageAllocator::refcount, nb::arg("id"), "How many hold the page; 0 when it is free.")
+      .def(
+          "refcounts", [](const PageAllocator& self, const Ids& ids) { return to_numpy(self.refcounts(span_of(ids))); },
+          nb::arg("ids").noconvert(), "How many hold each of these pages in use, int32.")
       .def_prop_ro("num_pages", &PageAllocator::num_pages)
       .def_prop_ro("free_count", &PageAllocator::free_count);
 }

@@ -85,6 +85,43 @@ void PageAllocator::grow(int64_t num_pages) {
   free_count_ += num_pages - old;
 }
 
+std::vector<int32_t> PageAllocator::packed_ids() const {
+  const auto total = static_cast<int32_t>(references_.size());
+  const int32_t used = total - static_cast<int32_t>(free_count_);
+  std::vector<int32_t> ids(total, -1);
+  int32_t hole = 0;
+  for (int32_t id = 0; id < total; ++id) {
+    if (references_[id] == 0) continue;
+    if (id < used) {
+      ids[id] = id;
+      continue;
+    }
+    while (references_[hole] > 0) ++hole;
+    ids[id] = hole++;
+  }
+  return ids;
+}
+
+std::vector<int32_t> PageAllocator::packed() const {
+  const std::lock_guard lock(mutex_);
+  return packed_ids();
+}
+
+void PageAllocator::pack() {
+  const std::lock_guard lock(mutex_);
+  const std::vector<int32_t> ids = packed_ids();
+  const size_t used = references_.size() - free_count_;
+  for (size_t id = used; id < ids.size(); ++id) {
+    if (ids[id] >= 0) references_[ids[id]] = references_[id];
+  }
+  references_.resize(used);
+  references_.shrink_to_fit();
+  free_bits_.assign((used + kBits - 1) / kBits, 0);
+  free_bits_.shrink_to_fit();
+  first_free_word_ = static_cast<int64_t>(free_bits_.size());
+  free_count_ = 0;
+}
+
 int64_t PageAllocator::num_pages() const {
   const std::lock_guard lock(mutex_);
   return static_cast<int64_t>(references_.size());
@@ -102,6 +139,16 @@ int64_t PageAllocator::refcount(int32_t id) const {
                                 std::to_string(id));
   }
   return references_[id];
+}
+
+std::vector<int32_t> PageAllocator::refcounts(std::span<const int32_t> ids) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<int32_t> counts(ids.size());
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (!in_use(ids[i])) throw not_in_use(ids[i]);
+    counts[i] = references_[ids[i]];
+  }
+  return counts;
 }
 
 }  // namespace lcore::runtime

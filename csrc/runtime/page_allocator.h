@@ -27,13 +27,20 @@ class PageAllocator {
   int64_t release(std::span<const int32_t> ids);
   // Adds pages behind the last; num_pages is the new total.
   void grow(int64_t num_pages);
+  // The id that each page gets when the highest in use move to the lowest free ones until none is free below them;
+  // -1 for a free page. pack() renumbers the pages so and drops the free ones.
+  std::vector<int32_t> packed() const;
+  void pack();
 
   int64_t num_pages() const;
   int64_t free_count() const;
   int64_t refcount(int32_t id) const;
+  // The references of each id.
+  std::vector<int32_t> refcounts(std::span<const int32_t> ids) const;
 
  private:
   bool in_use(int32_t id) const;
+  std::vector<int32_t> packed_ids() const;
 
   mutable std::mutex mutex_;
   std::vector<int32_t> references_;

@@ -1,6 +1,6 @@
 """lcore: the long-context core for PyTorch."""
 
-from lcore.cache import PagedCache
+from lcore.cache import PagedCache, policies
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
@@ -15,6 +15,7 @@ __all__ = [
     "hadamard",
     "load_model",
     "merge_states",
+    "policies",
     "rope",
 ]
 __version__ = build_info()["version"]

@@ -18,6 +18,7 @@ from rich.console import Console
 
 import lcore
 from lcore.cache.formats import FORMATS
+from lcore.cache.policies import parse_policy
 from lcore.cli_options import Chunk, Context, WeightDtype, parse_context, parse_dtype, parse_formats
 from lcore.demo import run_demo
 from lcore.evaluation import needle
@@ -85,6 +86,10 @@ def generate(
         str | None, typer.Option(help="Format of the cache, fp32, fp16 or bf16 (K,V for two); default: the dtype.")
     ] = None,
     prefill_chunk: Chunk = 2048,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048."),
+    ] = None,
     session: Annotated[
         Path | None,
         typer.Option(help="File that keeps what was read: a prompt that begins like it goes on from there."),
@@ -107,7 +112,8 @@ def generate(
         if decoder.tokenizer is None:
             raise ValueError(f"lcore generate: --model must hold a tokenizer.json, got {model}")
         use_chat = decoder.tokenizer.chat_template is not None if chat is None else chat
-        generator = Generator(decoder, kv_format=parse_formats(kv_format), prefill_chunk=prefill_chunk, context=room)
+        keep = None if policy is None else parse_policy(policy)
+        generator = Generator(decoder, parse_formats(kv_format), prefill_chunk, keep, context=room)
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,
             max_new_tokens,

@@ -16,6 +16,7 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
     "hadamard": ("cpu",),
+    "cache_compact_": ("cpu",),
     "merge_states": ("cpu", "cuda"),
     "rope": ("cpu",),
 }

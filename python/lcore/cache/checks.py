@@ -31,7 +31,6 @@ def check_options(
     device: str | torch.device,
     rotate: bool,
     max_bytes: int | None,
-    policy: Any,
 ) -> None:
     """What a cache is made with; NotImplementedError for what is not there yet."""
     for argument, size in sizes.items():
@@ -46,8 +45,6 @@ def check_options(
     if kind != "cpu":
         raise NotImplementedError(f"lcore.{function}: no kernels for device {device} yet; use device='cpu'")
     require_type(isinstance(rotate, bool), function, "rotate", "be a bool", repr(rotate))
-    if policy is not None:
-        raise NotImplementedError(f"lcore.{function}: no eviction policies yet; use policy=None, and crop")
 
 
 def check_states(
@@ -101,3 +98,27 @@ def check_heads(
         check_tensor(function, "sinks", sinks, shape=(heads,), names="heads", device=CPU)
         sinks = sinks.detach().to(torch.float32).contiguous()
     return alibi_slopes, sinks
+
+
+def check_places(
+    function: str,
+    new: int,
+    counts: Tensor | None,
+    lengths: NDArray[np.int32],
+    seen: NDArray[np.int64],
+    thinned: NDArray[np.int64],
+    window_size: tuple[int, int],
+    alibi_slopes: Tensor | None,
+) -> None:
+    """The queries are the last tokens held; and where tokens have been evicted, nothing depends on distances."""
+    queries = new if counts is None else counts.numpy()
+    held = lengths.min(axis=1)
+    require((held >= queries).all(), function, "q", f"have at most the {held.tolist()} tokens held by each row", new)
+    if not thinned.any():
+        return
+    for argument, given in (("window_size", window_size[0] >= 0), ("alibi_slopes", alibi_slopes is not None)):
+        rule = "not be given once the layer has evicted tokens, because distances between those left are not known"
+        require(not given, function, argument, rule, window_size if argument == "window_size" else alibi_slopes)
+    behind = (seen[:, None] - thinned).min(axis=1)
+    rule = f"have at most {behind.tolist()} rows, the tokens seen since the last one that was evicted"
+    require((behind >= queries).all(), function, "q", rule, new)

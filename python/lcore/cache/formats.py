@@ -24,8 +24,8 @@ _CODED_PAGE_SIZES = (16, 32, 64, 128, 256)
 class Format:
     """How K or V is stored in a full page: as values of a dtype, or as codes with scales.
 
-    "int8", "int4", "int2": code = round((x - zero) / scale), 0 .. 2^bits - 1; x comes back as zero + scale * code. K has
-    one scale and zero a channel over the page's tokens, V one a token over 64 channels (KIVI, arXiv:2402.02750).
+    "int8", "int4", "int2": code = round((x - zero) / scale), 0 .. 2^bits - 1; x comes back as zero + scale * code. K
+    has one scale and zero a channel over the page's tokens, V one a token over 64 channels (KIVI, arXiv:2402.02750).
     "fp8": e4m3 codes of x / scale, with the same groups. Scales and zeros are float16.
     """
 

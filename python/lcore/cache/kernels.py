@@ -1,17 +1,13 @@
-"""The two ops that touch pages, on one layer of a cache."""
+"""The ops that touch pages, on one layer of a cache."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
 from lcore.cache.formats import PageLayout
-
-if TYPE_CHECKING:
-    from lcore.cache.slots import Layer
+from lcore.cache.layer import Layer
 
 
 def append_(pool: Tensor, layer: Layer, k: Tensor, v: Tensor, layout: PageLayout, counts: Tensor | None) -> None:
@@ -45,6 +41,38 @@ def _append_fake(*args: object) -> None:
     """Nothing is returned, and a fake pool has no bytes to write."""
 
 
+def compact_(pool: Tensor, layer: Layer, layout: PageLayout, new_table: Tensor, keep: Tensor, offsets: Tensor) -> None:
+    """Moves the tokens to keep to the front of each slot, in order, and sets its table and length.
+
+    Bits stay where a token stays in pages or in the tail. One that returns from a page to the tail is as the page had
+    it, and finite if it was; one that comes from the tail to a full page is rounded, for its first time.
+
+    Args:
+        new_table: (batch, kv_heads, width) int32, a page for each full page of kept tokens: the slot's own page of
+            this index, or a page that no slot reads. Pages of other slots are never written.
+        keep: int32, the tokens that stay of one slot after the other, rising; offsets: (batch * kv_heads + 1,) int64,
+            where each slot's begin.
+    """
+    torch.ops.lcore.cache_compact_.default(
+        pool,
+        layer.table,
+        layer.lengths,
+        layer.tail_k,
+        layer.tail_v,
+        new_table,
+        keep,
+        offsets,
+        layout.k.name,
+        layout.v.name,
+        layout.page_size,
+    )
+
+
+@torch.library.register_fake("lcore::cache_compact_")
+def _compact_fake(*args: object) -> None:
+    """As for append."""
+
+
 def attend(
     pool: Tensor,
     layer: Layer,
@@ -56,9 +84,12 @@ def attend(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-) -> Tensor:
-    """Causal attention of q (batch, new, heads, head_dim), the last tokens of each row, over all that a layer holds."""
-    out, _ = torch.ops.lcore.attention_paged.default(
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of q (batch, new, heads, head_dim), the last tokens of each row, over all that a layer holds.
+
+    Returns: out (batch, new, heads, head_dim_v) and the log-sum-exp of its scores, float32 (batch, heads, new).
+    """
+    out, lse = torch.ops.lcore.attention_paged.default(
         q,
         pool,
         layer.table,
@@ -75,4 +106,4 @@ def attend(
         alibi_slopes,
         sinks,
     )
-    return out
+    return out, lse

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lcore.cache import kernels, sessions
-from lcore.cache.checks import MAX_TOKENS, check_heads, check_int, check_options, check_states, row_counts, row_limits
+from lcore.cache.checks import check_heads, check_int, check_options, check_places, check_states, row_counts
 from lcore.cache.formats import page_layout
+from lcore.cache.policies.base import Policy, check_policy
+from lcore.cache.policies.step import after_attention
+from lcore.cache.policies.view import LayerView
 from lcore.cache.pool import PagePool
 from lcore.cache.sessions import Path, Strings
 from lcore.cache.slots import Slots
+from lcore.cache.space import Space
 from lcore.errors import require
 from lcore.ops.attention import check_scores
 from lcore.ops.hadamard import hadamard
 
 
-class PagedCache:
+class PagedCache(Space):
     """Keys and values of all layers for a batch of sequences, in pages of one pool.
 
     A page holds `page_size` tokens of one kv head: its K codes, then its V codes, each in its format. It is encoded
@@ -36,11 +38,11 @@ class PagedCache:
         device: "cpu".
         kv_format: "fp32", "fp16", "bf16", "fp8", "int8", "int4" or "int2", or a pair of them for K and V; what they
             mean is told by `lcore.cache.formats.Format`. Rounding is to nearest even.
-        rotate: applies `lcore.hadamard` to q, k and v, and its inverse to the output: what is cached is rotated, so that
-            outlier channels do not set the scale of coded pages. Products are the same but for rounding.
+        rotate: applies `lcore.hadamard` to q, k and v, and its inverse to the output: what is cached is rotated, so
+            that outlier channels do not set the scale of coded pages. Products are the same but for rounding.
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
-        policy: None; eviction is not there yet.
+        policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
 
     Raises:
         TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
@@ -67,20 +69,21 @@ class PagedCache:
         rotate: bool = False,
         page_size: int = 64,
         max_bytes: int | None = None,
-        policy: Any = None,
+        policy: Policy | None = None,
         head_dim_v: int | None = None,
     ) -> None:
         layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size)
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
-        check_options("PagedCache", sizes, dtype, device, rotate, max_bytes, policy)
+        check_options("PagedCache", sizes, dtype, device, rotate, max_bytes)
+        check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
         self.dtype, self.device = dtype, torch.device("cpu")
         self.kv_format = (layout.k.name, layout.v.name)
-        self.page_size, self.max_bytes, self.rotate = page_size, max_bytes, rotate
+        self.page_size, self.max_bytes, self.rotate, self.policy = page_size, max_bytes, rotate, policy
         pool = PagePool(layout.page_bytes, max_bytes)
         shape = (num_layers, batch_size, num_kv_heads)
-        self._slots: Slots | None = Slots.empty("PagedCache", pool, layout, shape, dtype)
+        self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Puts new tokens behind those that a layer holds.
@@ -127,11 +130,16 @@ class PagedCache:
             lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
             window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
 
+        With a policy, tokens that exceed its budget are dropped once the output is there: attend once after an append.
+        A layer that is read with a window or slopes keeps all its tokens.
+
         Returns:
             (batch, new, heads, head_dim_v), dtype; 0 in padding rows.
 
         Raises:
-            ValueError: also when a row has more queries than the layer holds tokens.
+            ValueError: also when a row has more queries than the layer holds tokens, when one of them has been evicted,
+                and for a window or slopes after evictions.
+            MemoryError: the policy needs room for copies of shared pages; all tokens are still there.
         """
         name = "PagedCache.attend"
         slots = self._layer(name, layer)
@@ -143,49 +151,27 @@ class PagedCache:
         check_scores(name, window_size, softmax_scale, softcap)
         counts = row_counts(name, lengths, self.batch_size, new)
         alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, heads)
-        view = slots.layers[layer]
-        held = view.host_lengths.min(axis=1)
-        fits = (held >= (new if counts is None else counts.numpy())).all()
-        require(fits, name, "q", f"have at most the {held.tolist()} tokens held by each row", q.shape[1])
+        pages, view = slots.snapshot(layer)
+        seen, thinned = slots.seen.numpy()[layer], slots.thinned.numpy()[layer]
+        check_places(name, new, counts, view.host_lengths, seen, thinned, window_size, alibi_slopes)
         scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
         q = hadamard(q.detach()) if self.rotate else q.detach()
-        out = kernels.attend(
-            slots.pool.data, view, q, slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
+        out, lse = kernels.attend(
+            pages, view, q, slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
         )
+        # The tokens that a window or a slope measures distances to must all stay.
+        if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
+            seen_layer = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate)
+            after_attention(name, self.policy, slots, seen_layer)
         return hadamard(out, inverse=True) if self.rotate else out
 
     def seen(self, layer: int = 0) -> Tensor:
-        """(batch,) int64: tokens ever appended to a layer in each row, the position of the next one."""
-        return self._layer("PagedCache.seen", layer).lengths[layer, :, 0].to(torch.int64)
+        """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""
+        return self._layer("PagedCache.seen", layer).seen[layer].clone()
 
     def lengths(self, layer: int) -> Tensor:
         """(batch, kv_heads) int32: tokens that a layer holds, a copy."""
         return self._layer("PagedCache.lengths", layer).lengths[layer].clone()
-
-    def reserve(self, tokens: int) -> None:
-        """Makes room for every row to hold `tokens` tokens in all layers, in one exact allocation.
-
-        Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
-        """
-        slots = self._open("PagedCache.reserve")
-        check_int("PagedCache.reserve", "tokens", tokens, 0, MAX_TOKENS)
-        slots.reserve("PagedCache.reserve", tokens)
-
-    def crop(self, n: int | Tensor) -> None:
-        """Keeps the first n tokens of every row in every layer; what holds no more than n is left as it is.
-
-        So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
-        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes. In
-        coded formats (fp8 and integers) a page is not cut, or its tokens would be coded twice: n ends at a whole page
-        or in the tail, or takes back no more than the last append, whose tail is still known.
-
-        Args:
-            n: tokens to keep, one number or (batch,) int64 or int32.
-
-        Raises:
-            ValueError: also for an n inside a coded page, before anything changes.
-        """
-        self._open("PagedCache.crop").crop(row_limits("PagedCache.crop", n, self.batch_size))
 
     def fork(self) -> PagedCache:
         """A cache with the same content that goes its own way: full pages are shared, tables and tails are copied.
@@ -202,7 +188,8 @@ class PagedCache:
 
         Returns:
             bytes: of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole in each
-                fork) + tail_bytes + table_bytes. tokens: of all rows, each counted in its longest layer and head.
+                fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers).
+            tokens: of all rows, each counted in its longest layer and head.
             pages: that this cache holds, of all layers and heads, page_bytes each. free_pages: of the pool, that no
                 cache holds.
             bits_per_value: that one value takes in a page, padding included.
@@ -233,28 +220,3 @@ class PagedCache:
     def load(cls, path: Path, *, metadata: Strings | None = None, max_bytes: int | None = None) -> PagedCache:
         """The cache that `save` wrote, after every byte has been checked; see `lcore.cache.sessions.load`."""
         return sessions.load(cls, path, metadata, max_bytes)
-
-    def close(self) -> None:
-        """Gives pages and memory back; the cache cannot be used afterwards. Closing twice does nothing."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            slots.release()
-
-    def __del__(self) -> None:
-        # Nothing to close after an __init__ that refused; no one to give pages to when the interpreter ends.
-        if getattr(self, "_slots", None) is not None and not sys.is_finalizing():
-            self.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("lcore.PagedCache: a cache cannot be copied or pickled; use fork()")
-
-    def _open(self, function: str) -> Slots:
-        if self._slots is None:
-            raise ValueError(f"lcore.{function}: the cache must be open, got a closed one")
-        return self._slots
-
-    def _layer(self, function: str, layer: int) -> Slots:
-        """The slots, once layer is known to exist."""
-        slots = self._open(function)
-        check_int(function, "layer", layer, 0, self.num_layers - 1)
-        return slots

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from typing import Protocol
+from weakref import WeakSet
 
+import numpy as np
 import psutil
 import torch
 from numpy import int32
@@ -15,6 +18,13 @@ Ids = NDArray[int32]
 
 # A pool that is not reserved grows to half more than it was: few copies, and at most a third of it unused.
 _GROWTH = 1.5
+
+
+class Holder(Protocol):
+    """Whoever keeps ids of pages."""
+
+    def renumber(self, ids: Ids) -> None:
+        """Page i is page ids[i] from now on; ids[i] is -1 where nobody holds it."""
 
 
 class PagePool:
@@ -30,7 +40,8 @@ class PagePool:
         self.data = new_tensor("PagedCache", (0, page_bytes), torch.uint8)
         self.allocator = PageAllocator(0)
         self.max_bytes = max_bytes
-        self.member_bytes = 0  # tables and tails of the caches that share this pool
+        self.member_bytes = 0  # tables, tails and scores of the caches that share this pool
+        self.holders: WeakSet[Holder] = WeakSet()
 
     @property
     def page_bytes(self) -> int:
@@ -73,6 +84,26 @@ class PagePool:
     def adopt(self, data: torch.Tensor) -> None:
         self.allocator.grow(data.shape[0])
         self.data = data
+
+    def trim(self, function: str, spare: int) -> None:
+        """Gives all free pages but `spare` back: moves the last pages to the places of free ones, shrinks the tensor.
+
+        For a moment both tensors are held. MemoryError when the system has no room for the smaller one.
+        """
+        with self.lock:
+            used = self.allocator.num_pages - self.allocator.free_count
+            if used + spare >= self.data.shape[0]:
+                return
+            ids = self.allocator.packed()
+            data = new_tensor(function, (used + spare, self.page_bytes), torch.uint8)
+            data[:used] = self.data[:used]
+            moved = np.flatnonzero(ids[used:] >= 0) + used
+            data[torch.from_numpy(ids[moved]).long()] = self.data[torch.from_numpy(moved)]
+            self.allocator.pack()
+            self.allocator.grow(used + spare)
+            for holder in self.holders:
+                holder.renumber(ids)
+            self.data = data
 
     def missing_bytes(self, pages: int) -> int:
         """Bytes that the pool must grow by to have this many pages free."""

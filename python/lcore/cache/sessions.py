@@ -48,6 +48,10 @@ def save(
     """
     name = "PagedCache.save"
     slots = cache._open(name)
+    if slots.scores.nbytes > 0:
+        raise NotImplementedError(
+            f"lcore.{name}: a file does not hold what a policy remembers of the keys; use policy=None"
+        )
     metadata = dict(metadata or {})
     for key, value in metadata.items():
         require_type(isinstance(key, str) and isinstance(value, str), name, "metadata", "hold strings", (key, value))

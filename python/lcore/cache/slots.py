@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,23 +11,14 @@ from numpy.typing import NDArray
 from lcore.cache.checks import MAX_TOKENS
 from lcore.cache.formats import PageLayout
 from lcore.cache.kernels import append_
+from lcore.cache.key_scores import KeyScores
+from lcore.cache.layer import Layer, between
 from lcore.cache.pool import Ids, PagePool, new_tensor
 from lcore.cache.undo import Undo
 from lcore.errors import message
 
 # A table that is not reserved grows to half more than it was.
 _GROWTH = 1.5
-
-
-class Layer(NamedTuple):
-    """One layer of `Slots`: its tensors, and NumPy views of the two that the host computes with."""
-
-    table: torch.Tensor  # (batch, kv_heads, width) int32
-    lengths: torch.Tensor  # (batch, kv_heads) int32
-    tail_k: torch.Tensor  # (batch, kv_heads, page_size, head_dim)
-    tail_v: torch.Tensor
-    host_table: NDArray[np.int32]
-    host_lengths: NDArray[np.int32]
 
 
 class Slots:
@@ -47,6 +37,10 @@ class Slots:
         lengths: torch.Tensor,
         tail_k: torch.Tensor,
         tail_v: torch.Tensor,
+        seen: torch.Tensor,
+        thinned: torch.Tensor,
+        *,
+        scores: KeyScores,
         undo: Undo | None,
     ) -> None:
         self.pool = pool
@@ -55,9 +49,13 @@ class Slots:
         self.lengths = lengths  # (layers, batch, kv_heads) int32, tokens of the tail included
         self.tail_k = tail_k  # (layers, batch, kv_heads, page_size, head_dim), the model's dtype
         self.tail_v = tail_v
+        self.seen = seen  # (layers, batch) int64: tokens ever appended
+        self.thinned = thinned  # (layers, batch, kv_heads) int64: what was evicted stood among the first so many seen
+        self.scores = scores
         self.undo = undo  # where pages are coded
         self.layers = self._views()
         pool.member_bytes += self.nbytes
+        pool.holders.add(self)
 
     @staticmethod
     def empty(
@@ -66,18 +64,21 @@ class Slots:
         """(layers, batch, kv_heads) slots without tokens."""
         values = math.prod(shape) * layout.page_size * (layout.head_dim + layout.head_dim_v)
         coded = not layout.stores_values
-        more = (1 + coded) * (values * dtype.itemsize + math.prod(shape) * torch.int32.itemsize)
+        more = (1 + coded) * values * dtype.itemsize + math.prod(shape) * (12 + 4 * coded) + math.prod(shape[:2]) * 8
         pool.check_budget(function, more, "for tails and lengths, before any page")
-        tails = [
-            new_tensor(function, (*shape, layout.page_size, d), dtype) for d in (layout.head_dim, layout.head_dim_v)
-        ]
+        tail_k = new_tensor(function, (*shape, layout.page_size, layout.head_dim), dtype)
+        tail_v = new_tensor(function, (*shape, layout.page_size, layout.head_dim_v), dtype)
         return Slots(
             pool,
             layout,
             new_tensor(function, (*shape, 0), torch.int32),
             new_tensor(function, shape, torch.int32).zero_(),
-            *tails,
-            Undo.beside(function, *tails) if coded else None,
+            tail_k,
+            tail_v,
+            new_tensor(function, shape[:2], torch.int64).zero_(),
+            new_tensor(function, shape, torch.int64).zero_(),
+            scores=KeyScores(shape[0]),
+            undo=Undo.beside(function, tail_k, tail_v) if coded else None,
         )
 
     @property
@@ -87,11 +88,11 @@ class Slots:
 
     @property
     def table_bytes(self) -> int:
-        return self.table.untyped_storage().nbytes() + self.lengths.untyped_storage().nbytes()
+        return sum(x.untyped_storage().nbytes() for x in (self.table, self.lengths, self.seen, self.thinned))
 
     @property
     def nbytes(self) -> int:
-        return self.tail_bytes + self.table_bytes
+        return self.tail_bytes + self.table_bytes + self.scores.nbytes
 
     def stats(self) -> dict[str, int | float]:
         """As `PagedCache.stats`."""
@@ -101,6 +102,7 @@ class Slots:
             "pool_bytes": pool_bytes,
             "tail_bytes": self.tail_bytes,
             "table_bytes": self.table_bytes,
+            "score_bytes": self.scores.nbytes,
             "tokens": int(self.lengths.amax((0, 2)).sum()),
             "pages": int(self.full_pages().sum()),
             "page_bytes": self.layout.page_bytes,
@@ -120,8 +122,7 @@ class Slots:
         if total.max() > MAX_TOKENS:
             rule = f"bring no head over {MAX_TOKENS} tokens"
             raise ValueError(message(function, "k", rule, f"{k.shape[1]} on top of {lengths.max()}"))
-        before = lengths // self.layout.page_size
-        after = total // self.layout.page_size
+        before, after = lengths // self.layout.page_size, total // self.layout.page_size
         with self.pool.lock:
             ids = self._take_pages(function, layer, before, after)
             if self.undo is not None and ids is not None:
@@ -129,11 +130,12 @@ class Slots:
                 self.undo.save(layer, filling, lengths, self.tail_k[layer], self.tail_v[layer])
             try:
                 append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
-            except BaseException:
-                # The kernel has moved the lengths if it ran: then Ctrl-C came after it, and the pages are in use.
-                if ids is not None and np.array_equal(lengths // self.layout.page_size, before):
+            finally:
+                # The kernel has moved the lengths if it ran, even if Ctrl-C came after it.
+                if np.array_equal(lengths, total):
+                    self.seen.numpy()[layer] += k.shape[1] if counts is None else counts.numpy()
+                elif ids is not None:
                     self.pool.allocator.release(ids)
-                raise
 
     def _take_pages(self, function: str, layer: int, before: NDArray[np.int32], after: NDArray[np.int64]) -> Ids | None:
         """Enters new pages before .. after - 1 of a layer's slots into the table; None when there are none."""
@@ -141,18 +143,18 @@ class Slots:
         if count == 0:
             return None
         first, last = int(before.min()), int(after.max())
-        self._make_room(function, last, count)
+        self.make_room(function, last, count)
         ids = self.pool.allocator.allocate(count)
         columns = self.layers[layer].host_table[..., first:last]
-        columns[_between(before - first, after - first, last - first)] = ids
+        columns[between(before - first, after - first, last - first)] = ids
         return ids
 
     def reserve(self, function: str, tokens: int) -> None:
         """Room for every slot to hold `tokens` tokens, and no more than that."""
         width = tokens // self.layout.page_size
-        self._make_room(function, width, int((width - self.full_pages()).clip(min=0).sum()), exact=True)
+        self.make_room(function, width, int((width - self.full_pages()).clip(min=0).sum()), exact=True)
 
-    def _make_room(self, function: str, width: int, pages: int, *, exact: bool = False) -> None:
+    def make_room(self, function: str, width: int, pages: int, *, exact: bool = False) -> None:
         """Room for `width` pages in every slot's table and for `pages` more pages in the pool: all or MemoryError."""
         pool = self.pool
         with pool.lock:
@@ -188,17 +190,26 @@ class Slots:
         """A copy that shares the full pages: one reference more for each."""
         with self.pool.lock:
             self.pool.check_budget(function, self.nbytes, "for the fork's tables and tails")
-            own = (self.table, self.lengths, self.tail_k, self.tail_v)
+            own = (self.table, self.lengths, self.tail_k, self.tail_v, self.seen, self.thinned)
             copies = [new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own]
             self.pool.allocator.retain(self._ids(0, self.full_pages()))
             undo = None if self.undo is None else self.undo.copy(function)
-            return Slots(self.pool, self.layout, *copies, undo)
+            return Slots(self.pool, self.layout, *copies, scores=self.scores.copy(), undo=undo)
 
-    def crop(self, limits: NDArray[np.int64]) -> None:
-        """Keeps at most limits[b] tokens in every slot of row b. Tokens kept from a page that is cut go to the tail."""
+    def crop(self, function: str, limits: NDArray[np.int64]) -> None:
+        """Takes the tokens behind the first limits[b] seen from every slot of row b, none of which has been evicted.
+
+        Tokens kept from a page that is cut go to the tail.
+        """
         page_size = self.layout.page_size
-        lengths = self.lengths.numpy()
-        after = np.minimum(lengths, limits[None, :, None]).astype(np.int32)
+        lengths, seen, thinned = self.lengths.numpy(), self.seen.numpy(), self.thinned.numpy()
+        taken = (seen - limits).clip(min=0)[..., None]
+        emptied = np.broadcast_to((limits == 0)[:, None], thinned.shape)
+        least = np.where((taken > 0) & ~emptied, thinned, 0).max((0, 2))
+        if (limits < least).any():
+            rule = f"be 0 or >= {least.tolist()}, where a policy last dropped a token of each row"
+            raise ValueError(message(function, "n", rule, limits.tolist()))
+        after = np.where(emptied, 0, lengths - taken).astype(np.int32)
         held, kept = lengths // page_size, after // page_size
         with self.pool.lock:
             cut = (kept < held) & (after % page_size > 0)
@@ -210,19 +221,38 @@ class Slots:
                 where = torch.from_numpy(cut)
                 self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)
             released = self._ids(kept, held)
-            lengths[...] = after
+            new = (after, np.minimum(seen, limits), np.where(emptied, 0, thinned))
+            assign([self.lengths, self.seen, self.thinned], [torch.from_numpy(x) for x in new])
             self.pool.allocator.release(released)
+            self.scores.crop(after)
 
     def release(self) -> None:
         """Gives every page and the budget back."""
         with self.pool.lock:
+            self.pool.holders.discard(self)
             self.pool.allocator.release(self._ids(0, self.full_pages()))
             self.pool.member_bytes -= self.nbytes
+
+    def renumber(self, ids: Ids) -> None:
+        """As `Holder`. The table is a new one, as wide as needed: who reads by the old one has the old pool too."""
+        full = self.full_pages()
+        width = int(full.max())
+        table = new_tensor("PagedCache.trim", (*full.shape, width), torch.int32).copy_(self.table[..., :width])
+        used, host = between(0, full, width), table.numpy()
+        host[used] = ids[host[used]]
+        self.pool.member_bytes += table.nbytes - self.table.nbytes
+        self.table = table
+        self.layers = self._views()
+
+    def snapshot(self, layer: int) -> tuple[torch.Tensor, Layer]:
+        """The pool's pages, and a layer that names them."""
+        with self.pool.lock:
+            return self.pool.data, self.layers[layer]
 
     def _ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
         """Ids of the pages first .. last - 1 of every slot."""
         table = self.table.numpy()
-        return table[_between(np.broadcast_to(first, last.shape), last, table.shape[-1])]
+        return table[between(first, last, table.shape[-1])]
 
     def _views(self) -> list[Layer]:
         return [
@@ -231,7 +261,6 @@ class Slots:
         ]
 
 
-def _between(first: NDArray[np.integer], last: NDArray[np.integer], width: int) -> NDArray[np.bool_]:
-    """Mask (..., width): columns first .. last - 1 of each slot."""
-    columns = np.arange(width, dtype=np.int32)
-    return (columns >= first[..., None]) & (columns < last[..., None])
+def assign(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copies each value into its tensor; Ctrl-C comes before all of it or after."""
+    torch._foreach_copy_(tensors, values)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lcore.cache.slots import Slots
 
 # Arguments of PagedCache that a file brings back; each is an attribute of the same name. max_bytes is the reader's.
-OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size")
+OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size",
+           "rotate")  # fmt: skip
 TOKENS = "tokens."  # and the row: the tensor's name
 
 
@@ -88,7 +89,7 @@ class StoredSession:
         used = self.check(cache)
         count, named = self._file.page_shape[0], self._tensors["table"].numpy()[used]
         with pool.lock:
-            slots._make_room(self.function, used.shape[-1], count, exact=True)
+            slots.make_room(self.function, used.shape[-1], count, exact=True)
             ids = pool.allocator.allocate(count)
             try:
                 self._file.read_pages(pool.data.numpy(), ids)

@@ -30,8 +30,8 @@ class Undo:
     def beside(function: str, tail_k: Tensor, tail_v: Tensor) -> Undo:
         """Nothing to take back yet, for slots with these tails."""
         shape = tuple(tail_k.shape[:3])
-        lengths = new_tensor(function, shape, torch.int32).zero_()
-        return Undo(*(new_tensor(function, tuple(x.shape), x.dtype) for x in (tail_k, tail_v)), lengths)
+        k, v = (new_tensor(function, tuple(x.shape), x.dtype) for x in (tail_k, tail_v))
+        return Undo(k, v, new_tensor(function, shape, torch.int32).zero_())
 
     @property
     def nbytes(self) -> int:
@@ -39,7 +39,8 @@ class Undo:
 
     def copy(self, function: str) -> Undo:
         own = (self.tail_k, self.tail_v, self.lengths)
-        return Undo(*(new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own))
+        k, v, lengths = (new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own)
+        return Undo(k, v, lengths)
 
     def save(self, layer: int, filling: Mask, lengths: NDArray[np.int32], tail_k: Tensor, tail_v: Tensor) -> None:
         """Keeps the tails of a layer's slots whose page is about to be coded; lengths are those before that."""
@@ -58,8 +59,9 @@ class Undo:
         exact = (saved // page_size == after // page_size) & (after <= saved)
         if (wrong := cut & ~exact).any():
             n = int(after[wrong][0])
-            rule = f"end at whole pages of {page_size} tokens, in the tail, or before the last append, where pages are coded"
-            raise ValueError(message("PagedCache.crop", "n", rule, f"{n}; {n // page_size * page_size} would do"))
+            rule = f"end at whole pages of {page_size} tokens, in the tail, or before the last append"
+            got = f"{n} in a coded page; {n // page_size * page_size} would do"
+            raise ValueError(message("PagedCache.crop", "n", rule, got))
 
     def restore(self, cut: Mask, tail_k: Tensor, tail_v: Tensor) -> None:
         where = torch.from_numpy(cut)

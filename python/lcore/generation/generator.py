@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lcore.cache import PagedCache
+from lcore.cache.policies import Policy
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
 from lcore.generation.loop import Loop, Row
@@ -42,14 +43,15 @@ class Generator:
     model:          a decoder as `lcore.load_model` returns it.
     kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
-    policy:         None; eviction policies do not exist yet.
+    policy:         which tokens its caches keep, one of `lcore.policies` or one's own; None keeps all. After the prompt
+                    the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
     context:        tokens a row for which a new cache makes room at once; "auto" is as many as fit into free memory,
                     at most config.max_position_embeddings; None is as many as a call needs.
 
     After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
 
-    Raises: TypeError or ValueError for a bad prefill_chunk or context; MemoryError for a context that does not fit,
-    with the formats that would; NotImplementedError for a policy.
+    Raises: TypeError or ValueError for a bad argument; MemoryError for a context that does not fit, with the formats
+    that would; `stream` also for a policy that does not fit the cache.
     """
 
     def __init__(
@@ -57,19 +59,16 @@ class Generator:
         model: Decoder,
         kv_format: str | tuple[str, str] | None = None,
         prefill_chunk: int = 2048,
-        policy: object = None,
+        policy: Policy | None = None,
         context: int | Literal["auto"] | None = None,
     ) -> None:
-        if policy is not None:
-            raise NotImplementedError(
-                f"lcore.Generator: policy must be None, got {policy!r}: no eviction policy exists yet, every token "
-                "is kept; kv_format='bf16' or 'fp16' halves a float32 cache"
-            )
+        is_policy = policy is None or isinstance(policy, Policy)
+        require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
         check_int("prefill_chunk", prefill_chunk, at_least=1)
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
-        self.kv_format = kv_format
+        self.kv_format, self.policy = kv_format, policy
         self.context = context
         self._warned = False
         if context is not None and context != "auto":
@@ -108,7 +107,8 @@ class Generator:
         Everything is checked in this call, before any work. After a row's `Done` the cache holds its prompt and all its
         tokens; a stream that is closed earlier may not have fed its last token (`cache.seen()` tells). When the work is
         interrupted, by Ctrl-C or an error, the cache is cut back to the tokens that went through the whole model, so
-        that it can be continued, and the exception goes on.
+        that it can be continued, and the exception goes on. Where a policy has already dropped tokens of the chunk
+        that was being read, there is no way back: the cache is closed.
 
         Raises: ValueError (empty prompt, id outside the vocabulary, value out of range); TypeError; MemoryError with
         the bytes needed, the bytes free and the context that would fit. Warns once when the context is longer than the
@@ -191,12 +191,12 @@ class Generator:
         config, model, rows = self.model.config, self.model, len(new_tokens)
         free = free_bytes(model.device)
         if cache is None:
-            cache = model.new_cache(rows, kv_format=self.kv_format)
+            cache = model.new_cache(rows, kv_format=self.kv_format, policy=self.policy)
         if self.context is not None and not cache.seen().any():
             planner = model_planner(model, rows, self.prefill_chunk)
             new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
         chunk = min(self.prefill_chunk, max(new_tokens))
-        reserve(cache, new_tokens, workspace_bytes(config, chunk, rows, model.dtype.itemsize), free)
+        reserve(cache, new_tokens, workspace_bytes(config, chunk, rows, model.dtype.itemsize), free, chunk)
         return cache
 
     def _warn_beyond_training(self, length: int) -> None:

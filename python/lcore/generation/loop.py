@@ -86,6 +86,11 @@ class Loop:
             clock.add(sum(take for _, take in step), pairs, seconds)
             left = sum(row.left for row in self._rows)
             pairs_left = sum(causal_pairs(row.position, row.position + row.left) for row in self._rows)
+            if left == 0 and self._cache.policy is not None:
+                # One page more a head than the tokens fill, and one for each page of slack: decoding needs no growth.
+                policy, size = self._cache.policy, self._cache.page_size
+                heads = self._cache.num_layers * self._cache.num_kv_heads * len(self._rows)
+                self._cache.trim(heads * (1 + policy.slack_of(size) // size) if self._max_new_tokens else 0)
             yield Prefill(total - left, total, clock.eta(left, pairs_left))
 
     def _next_step(self) -> list[tuple[Row, int]]:
@@ -160,6 +165,9 @@ class Loop:
                 )
         except BaseException:
             # Some layers may hold tokens of this step and some not: back to where the step began.
-            self._cache.crop(torch.tensor([row.position for row in self._rows]))
+            try:
+                self._cache.crop(torch.tensor([row.position for row in self._rows]))
+            except ValueError:  # a layer has evicted tokens of this step: the layers cannot be brought together again
+                self._cache.close()
             raise
         return dict(zip(index, logits[:, 0], strict=True))

@@ -88,18 +88,22 @@ def workspace_bytes(config: ModelConfig, tokens: int, rows: int, itemsize: int) 
     return activations + 2 * rows * config.vocab_size * 4 + SPARE_BYTES
 
 
-def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: int) -> None:
+def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: int, chunk: int = 1) -> None:
     """Makes room in `cache` for `new_tokens[row]` more tokens of every row, if that and the workspace fit into `free`.
+
+    A cache with a policy holds less: its budget, and the `chunk` of tokens that came since it last evicted.
 
     Raises: MemoryError with the bytes needed, the bytes free, and how many tokens would fit in every row; the cache is
     as it was.
     """
     rows, stats, page_size = len(new_tokens), cache.stats(), cache.page_size
-    pages_before = [held // page_size for held in cache.seen().tolist()]
-    pages_after = [(held + new) // page_size for held, new in zip(cache.seen().tolist(), new_tokens, strict=True)]
+    tokens_after = [seen + new for seen, new in zip(cache.seen().tolist(), new_tokens, strict=True)]
+    if cache.policy is not None:
+        tokens_after = [cache.policy.held_after(n, chunk, page_size) for n in tokens_after]
+    pages_after = [n // page_size for n in tokens_after]
     heads = cache.num_layers * cache.num_kv_heads
     pool_bytes, free_pages = int(stats["pool_bytes"]), int(stats["free_pages"])
-    missing = heads * (sum(pages_after) - sum(pages_before)) - free_pages
+    missing = heads * sum(pages_after) - int(stats["pages"]) - free_pages
     page_bytes = page_size * _bytes_per_token(cache) // heads
     # A pool that must grow is copied into a larger one: for a moment both are there.
     needed = pool_bytes + missing * page_bytes if missing > 0 else 0

@@ -44,6 +44,9 @@ class PagedCache:
             ]
             for _ in range(num_layers)
         ]
+        # positions[layer][row][head] (n,): which of the tokens seen they are
+        self.positions = [[[torch.arange(0) for _ in row] for row in layer] for layer in self.tokens]
+        self.seen = torch.zeros(num_layers, batch_size, dtype=torch.int64)
 
     def lengths(self, layer: int) -> Tensor:
         """int32 (batch, kv_heads)."""
@@ -55,7 +58,10 @@ class PagedCache:
             k, v = hadamard(k), hadamard(v)
         for b, row in enumerate(self.tokens[layer]):
             new = k.shape[1] if lengths is None else int(lengths[b])
+            seen = int(self.seen[layer, b])
+            self.seen[layer, b] += new
             for h, head in enumerate(row):
+                self.positions[layer][b][h] = torch.cat([self.positions[layer][b][h], seen + torch.arange(new)])
                 full_before = len(head[0]) // self.page_size * self.page_size
                 full = (len(head[0]) + new) // self.page_size * self.page_size
                 for side, x in enumerate((k, v)):
@@ -106,18 +112,47 @@ class PagedCache:
         return hadamard(out, inverse=True) if self.rotate else out
 
     def crop(self, tokens: int | Tensor) -> None:
-        """Keeps the first tokens of every row: one number, or (batch,) numbers."""
-        limit = torch.finfo(self.dtype).max
-        for layer in self.tokens:
-            keep = torch.as_tensor(tokens).expand(len(layer)).tolist()
-            for row, n in zip(layer, keep, strict=True):
-                for head in row:
-                    for side, values in enumerate(head):
-                        kept = values[:n].clone()
-                        tail = kept[len(kept) // self.page_size * self.page_size :]
-                        # The page format may have rounded beyond the largest number of the cache's dtype.
-                        tail.copy_(torch.where(tail.isinf(), tail, tail.clamp(-limit, limit)))
-                        head[side] = kept
+        """Takes what stands behind the first tokens seen of every row: one number, or (batch,) numbers."""
+        for layer, rows in enumerate(self.positions):
+            for b, n in enumerate(torch.as_tensor(tokens).expand(len(rows)).tolist()):
+                for h, positions in enumerate(rows[b]):
+                    self._keep(layer, b, h, positions < n)
+                self.seen[layer, b] = min(n, int(self.seen[layer, b]))
+
+    def can_crop(self, tokens: int | Tensor) -> bool:
+        """Whether all that crop takes away is there, or all that is there is taken away."""
+        for layer, rows in enumerate(self.positions):
+            for b, n in enumerate(torch.as_tensor(tokens).expand(len(rows)).tolist()):
+                taken = max(0, int(self.seen[layer, b]) - n)
+                if n > 0 and any(int((positions >= n).sum()) < taken for positions in rows[b]):
+                    return False
+        return True
+
+    def unbroken(self, layer: int) -> Tensor:
+        """(batch, kv_heads): tokens at the end between which none is missing, up to the last one seen."""
+        ages = [
+            [int(seen) - 1 - p for p in row] for seen, row in zip(self.seen[layer], self.positions[layer], strict=True)
+        ]
+        return torch.tensor([[int((age.flip(0) == torch.arange(len(age))).sum()) for age in row] for row in ages])
+
+    def evict(self, layer: int, keep: Tensor) -> None:
+        """Keeps the tokens that keep (batch, kv_heads, tokens) names."""
+        for b, row in enumerate(self.positions[layer]):
+            for h, positions in enumerate(row):
+                self._keep(layer, b, h, keep[b, h, : len(positions)])
+
+    def _keep(self, layer: int, b: int, h: int, mask: Tensor) -> None:
+        head, limit = self.tokens[layer][b][h], torch.finfo(self.dtype).max
+        coded = torch.arange(len(mask))[mask] < len(mask) // self.page_size * self.page_size
+        in_page = torch.arange(int(mask.sum())) < int(mask.sum()) // self.page_size * self.page_size
+        self.positions[layer][b][h] = self.positions[layer][b][h][mask]
+        for side, values in enumerate(head):
+            kept = values[mask]
+            fresh = kept.to(self.dtype).to(self.formats[side]).double()
+            kept = torch.where((in_page & ~coded)[:, None], fresh, kept)
+            # The page format may have rounded beyond the largest number of the cache's dtype.
+            bounded = torch.where(kept.isinf(), kept, kept.clamp(-limit, limit))
+            head[side] = torch.where(in_page[:, None], kept, bounded)
 
     def fork(self) -> PagedCache:
         """A copy."""

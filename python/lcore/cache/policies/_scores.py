@@ -1,0 +1,82 @@
+"""Attention mass of keys, from the log-sum-exp that attention has returned: nothing of size queries x keys is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lcore.cache.slots import Slots
+
+# Keys decoded at a time, and queries that meet them: 32 heads x 256 x 1024 probabilities are 32 MB.
+_KEYS = 1024
+_QUERIES = 256
+
+
+def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Keys and values of a layer in order: the index of the first token, k and v (batch, kv_heads, n, dim), float32.
+
+    Zeros stand behind a slot's last token.
+    """
+    (pool, view), size = slots.snapshot(layer), slots.layout.page_size
+    lengths = view.lengths.long()
+    full, width = lengths // size, int(lengths.max())
+    step = max(1, _KEYS // size)
+    for first in range(0, -(-width // size), step):
+        ids = view.table[..., first : first + step].long()
+        count = min(step, -(-width // size) - first)
+        # A slot's tail stands where its next page would; what else there is no page for is overwritten with zeros.
+        known = torch.nn.functional.pad(ids, (0, count - ids.shape[-1]))
+        pages = first + torch.arange(count)
+        known = torch.where(pages < full[..., None], known, 0)
+        k, v = slots.layout.decode(pool[known.flatten()], torch.float32) if len(pool) else _no_pages(slots, known)
+        held = (pages[:, None] * size + torch.arange(size)) < lengths[..., None, None]
+        is_tail = (pages == full[..., None])[..., None, None]
+        sides = []
+        for side, tail in ((k, view.tail_k), (v, view.tail_v)):
+            values = side.unflatten(0, known.shape)
+            values = torch.where(is_tail, tail[:, :, None].float(), values).masked_fill(~held[..., None], 0)
+            sides.append(values.flatten(2, 3)[:, :, : width - first * size])
+        yield first * size, sides[0], sides[1]
+
+
+def _no_pages(slots: Slots, known: Tensor) -> tuple[Tensor, Tensor]:
+    layout = slots.layout
+    sizes = ((known.numel(), layout.page_size, dim) for dim in (layout.head_dim, layout.head_dim_v))
+    k, v = (torch.zeros(size) for size in sizes)
+    return k, v
+
+
+def key_mass_of(
+    slots: Slots, layer: int, q: Tensor, lse: Tensor, counts: Tensor, softmax_scale: float, softcap: float
+) -> Tensor:
+    """The attention that each key gets from the last queries of its row, summed over them and a group's heads.
+
+    Formula: mass[b, h, t] = sum over queries i and heads g of exp(softmax_scale q_ig . k_t - lse_ig), for keys t that
+        query i sees: query i of n is the token at index held - n + i
+
+    Args:
+        q: (batch, new, heads, head_dim); lse: (batch, heads, new) float32; counts: (batch,) real queries of each row.
+
+    Returns: float32 (batch, kv_heads, longest slot), 0 behind a slot's last key.
+    """
+    lengths = slots.layers[layer].lengths.long()
+    batch, kv_heads = lengths.shape
+    group = q.shape[2] // kv_heads
+    mass = torch.zeros(batch, kv_heads, int(lengths.max()))
+    grouped_q = q.float().permute(0, 2, 1, 3).unflatten(1, (kv_heads, group))  # (batch, kv_heads, group, new, dim)
+    grouped_lse = lse.unflatten(1, (kv_heads, group))
+    for first, k, _ in key_chunks(slots, layer):
+        tokens = first + torch.arange(k.shape[2])
+        for begin in range(0, q.shape[1], _QUERIES):
+            rows = slice(begin, begin + _QUERIES)
+            scores = softmax_scale * (grouped_q[..., rows, :] @ k[:, :, None].mT)
+            if softcap > 0:
+                scores = softcap * (scores / softcap).tanh()
+            index = begin + torch.arange(scores.shape[3])
+            last = (lengths - counts[:, None])[..., None] + index  # (batch, kv_heads, rows): the last key that is seen
+            visible = (tokens <= last[..., None]) & (index < counts[:, None])[:, None, :, None]
+            weights = (scores - grouped_lse[..., rows, None]).exp()
+            mass[..., first : first + k.shape[2]] += torch.where(visible[:, :, None], weights, 0).sum((2, 3))
+    return mass

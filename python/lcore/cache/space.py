@@ -1,0 +1,72 @@
+"""The room that a cache takes: reserved, cropped, evicted, given back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lcore.cache.checks import MAX_TOKENS, check_int, row_limits
+from lcore.cache.eviction import check_keep, check_pages, evict
+from lcore.cache.handle import Handle
+
+
+class Space(Handle):
+    """The calls of `PagedCache` that only move tokens and pages."""
+
+    batch_size: int
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for every row to hold `tokens` tokens in all layers, in one exact allocation.
+
+        Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
+        """
+        slots = self._open("PagedCache.reserve")
+        check_int("PagedCache.reserve", "tokens", tokens, 0, MAX_TOKENS)
+        slots.reserve("PagedCache.reserve", tokens)
+
+    def crop(self, n: int | Tensor) -> None:
+        """Takes all tokens behind the first n seen from every row in every layer; who has seen no more stays as it is.
+
+        So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
+        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes.
+
+        In coded formats (fp8 and integers) a page is not cut, or its tokens would be coded twice: n ends at a whole
+        page or in the tail, or takes back no more than the last append, whose tail is still known.
+
+        Args:
+            n: one number or (batch,) int64 or int32.
+
+        Raises:
+            ValueError: n would cut a coded page, or a token at position n or behind has been evicted, so that the state
+                after n tokens is not known any more; n = 0, an empty cache, always is. Nothing has changed.
+        """
+        slots = self._open("PagedCache.crop")
+        slots.crop("PagedCache.crop", row_limits("PagedCache.crop", n, self.batch_size))
+
+    def evict(self, layer: int, keep: Tensor) -> None:
+        """Drops tokens from the middle of a layer: the others move together and keep their bits and positions.
+
+        Pages that become free go back to the pool, `trim` gives them to the system. Pages shared with a fork are copied
+        before they change.
+
+        Args:
+            keep: (batch, kv_heads, tokens) bool, which of the held tokens stay; tokens is the largest of `lengths`.
+
+        Raises:
+            MemoryError: there is no room for the copies; nothing has changed. ValueError: also where pages are coded
+            (fp8 and integers) and one is kept in parts: its tokens would have to be coded twice.
+        """
+        slots = self._layer("PagedCache.evict", layer)
+        mask = check_keep(slots.layers[layer].host_lengths, keep)
+        coded = not slots.layout.stores_values
+        if coded:
+            check_pages(slots, layer, mask)
+        evict("PagedCache.evict", slots, layer, mask, whole_pages=coded)
+
+    def trim(self, spare_pages: int = 0) -> None:
+        """Gives free pages but `spare_pages` back to the system; `stats()["bytes"]` is then what the tokens need.
+
+        The pool moves to a smaller tensor, for a moment both are held. Raises MemoryError when there is no room for it.
+        """
+        slots = self._open("PagedCache.trim")
+        check_int("PagedCache.trim", "spare_pages", spare_pages, 0)
+        slots.pool.trim("PagedCache.trim", spare_pages)
