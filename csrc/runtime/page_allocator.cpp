@@ -104,4 +104,9 @@ int64_t PageAllocator::refcount(int32_t id) const {
   return references_[id];
 }
 
+bool PageAllocator::held_once(std::span<const int32_t> ids) const {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::all_of(ids, [this](int32_t id) { return in_use(id) && references_[id] == 1; });
+}
+
 }  // namespace lcore::runtime

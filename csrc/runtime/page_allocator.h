@@ -31,6 +31,8 @@ class PageAllocator {
   int64_t num_pages() const;
   int64_t free_count() const;
   int64_t refcount(int32_t id) const;
+  // Whether each of these pages has one reference.
+  bool held_once(std::span<const int32_t> ids) const;
 
  private:
   bool in_use(int32_t id) const;
