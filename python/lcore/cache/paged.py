@@ -153,14 +153,13 @@ class PagedCache:
         """(batch, kv_heads) int32: tokens that a layer holds, a copy."""
         return self._layer("PagedCache.lengths", layer).lengths[layer].clone()
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for every row to hold `tokens` tokens in all layers, in one exact allocation.
+    def reserve(self, tokens: int | Tensor) -> None:
+        """Makes room for every row to hold `tokens` tokens, one number or (batch,) integers, in one exact allocation.
 
         Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
         """
-        slots = self._open("PagedCache.reserve")
-        check_int("PagedCache.reserve", "tokens", tokens, 0, MAX_TOKENS)
-        slots.reserve("PagedCache.reserve", tokens)
+        slots, function = self._open("PagedCache.reserve"), "PagedCache.reserve"
+        slots.reserve(function, row_limits(function, "tokens", tokens, self.batch_size, MAX_TOKENS))
 
     def crop(self, n: int | Tensor) -> None:
         """Keeps the first n tokens of every row in every layer; what holds no more than n is left as it is.
@@ -171,7 +170,7 @@ class PagedCache:
         Args:
             n: tokens to keep, one number or (batch,) int64 or int32.
         """
-        self._open("PagedCache.crop").crop(row_limits("PagedCache.crop", n, self.batch_size))
+        self._open("PagedCache.crop").crop(row_limits("PagedCache.crop", "n", n, self.batch_size))
 
     def fork(self) -> PagedCache:
         """A cache with the same content that goes its own way: full pages are shared, tables and tails are copied.

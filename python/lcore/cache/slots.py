@@ -136,10 +136,10 @@ class Slots:
         columns[_between(before - first, after - first, last - first)] = ids
         return ids
 
-    def reserve(self, function: str, tokens: int) -> None:
-        """Room for every slot to hold `tokens` tokens, and no more than that."""
-        width = tokens // self.layout.page_size
-        self._make_room(function, width, int((width - self.full_pages()).clip(min=0).sum()), exact=True)
+    def reserve(self, function: str, tokens: NDArray[np.int64]) -> None:
+        """Room for every slot of row b to hold tokens[b] tokens, and no more than that."""
+        pages = tokens[None, :, None] // self.layout.page_size
+        self._make_room(function, int(pages.max()), int((pages - self.full_pages()).clip(min=0).sum()), exact=True)
 
     def _make_room(self, function: str, width: int, pages: int, *, exact: bool = False) -> None:
         """Room for `width` pages in every slot's table and for `pages` more pages in the pool: all or MemoryError."""

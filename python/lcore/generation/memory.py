@@ -111,8 +111,7 @@ def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: 
             f"bytes (cache {needed:,}, workspace {workspace:,}), {free:,} bytes are free; "
             f"{pages // (heads * rows) * page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
         )
-    # All rows take their pages from one pool: room for the mean of them is room for all.
-    cache.reserve(-(-sum(pages_after) // rows) * page_size)
+    cache.reserve(torch.tensor(pages_after) * page_size)
 
 
 def _bytes_per_token(cache: PagedCache) -> int:
