@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,21 +55,22 @@ class Slots:
         self.tail_k = tail_k  # (layers, batch, kv_heads, page_size, head_dim), the model's dtype
         self.tail_v = tail_v
         self.layers = self._views()
+        self.intact = np.ones(lengths.shape[1], dtype=np.bool_)  # (batch,): nothing was ever taken out of the row
         pool.member_bytes += self.nbytes
 
     @staticmethod
     def empty(
-        function: str, pool: PagePool, layout: PageLayout, shape: tuple[int, int, int], dtype: torch.dtype
+        function: str, pool: PagePool, layout: PageLayout, shape: Sequence[int], dtype: torch.dtype, width: int = 0
     ) -> Slots:
-        """(layers, batch, kv_heads) slots without tokens."""
+        """(layers, batch, kv_heads) slots without tokens, whose tables have room for `width` pages."""
         values = math.prod(shape) * layout.page_size * (layout.head_dim + layout.head_dim_v)
-        more = values * dtype.itemsize + math.prod(shape) * torch.int32.itemsize
-        pool.check_budget(function, more, "for tails and lengths, before any page")
+        more = values * dtype.itemsize + math.prod(shape) * (1 + width) * torch.int32.itemsize
+        pool.check_budget(function, more, "for tables and tails, before any page")
         return Slots(
             pool,
             layout,
-            new_tensor(function, (*shape, 0), torch.int32),
-            new_tensor(function, shape, torch.int32).zero_(),
+            new_tensor(function, (*shape, width), torch.int32),
+            new_tensor(function, tuple(shape), torch.int32).zero_(),
             new_tensor(function, (*shape, layout.page_size, layout.head_dim), dtype),
             new_tensor(function, (*shape, layout.page_size, layout.head_dim_v), dtype),
         )
@@ -141,11 +143,25 @@ class Slots:
         pages = tokens[None, :, None] // self.layout.page_size
         self._make_room(function, int(pages.max()), int((pages - self.full_pages()).clip(min=0).sum()), exact=True)
 
+    def hold(self, pages: Sequence[Ids]) -> None:
+        """Begins row b, still empty, with the full pages `pages[b]` (n, layers * kv_heads): one reference more each."""
+        layers, _, heads = self.lengths.shape
+        with self.pool.lock:
+            self.pool.allocator.retain(np.concatenate([held.ravel() for held in pages]))
+            for row, held in enumerate(pages):
+                self.table.numpy()[:, row, :, : len(held)] = held.reshape(-1, layers, heads).transpose(1, 2, 0)
+                self.lengths[:, row] = len(held) * self.layout.page_size
+
+    def row_pages(self, row: int, count: int) -> Ids:
+        """The first `count` pages of a row, as `hold` takes them."""
+        return np.ascontiguousarray(self.table.numpy()[:, row, :, :count].transpose(2, 0, 1)).reshape(count, -1)
+
     def _make_room(self, function: str, width: int, pages: int, *, exact: bool = False) -> None:
         """Room for `width` pages in every slot's table and for `pages` more pages in the pool: all or MemoryError."""
         pool = self.pool
         with pool.lock:
             widening = max(0, width - self.table.shape[-1]) * self.lengths.nbytes
+            pool.make_free(pages, beside=widening)
             missing = pool.missing_bytes(pages)
             if widening + missing == 0:
                 return
@@ -180,7 +196,9 @@ class Slots:
             own = (self.table, self.lengths, self.tail_k, self.tail_v)
             copies = [new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own]
             self.pool.allocator.retain(self._ids(0, self.full_pages()))
-            return Slots(self.pool, self.layout, *copies)
+            fork = Slots(self.pool, self.layout, *copies)
+            fork.intact[:] = self.intact
+            return fork
 
     def crop(self, limits: NDArray[np.int64]) -> None:
         """Keeps at most limits[b] tokens in every slot of row b. Tokens kept from a page that is cut go to the tail."""
@@ -195,6 +213,7 @@ class Slots:
                 where = torch.from_numpy(cut)
                 self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)
             released = self._ids(kept, held)
+            self.intact &= (after == lengths).all(axis=(0, 2))
             lengths[...] = after
             self.pool.allocator.release(released)
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lcore.cache import PagedCache
+import torch
+
+from lcore.cache import PagedCache, PrefixCache
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
 from lcore.generation.loop import Loop, Row
 from lcore.generation.memory import free_bytes, reserve, workspace_bytes
 from lcore.generation.progress import show_prefill
 from lcore.generation.prompts import Prompt, encode_prompts, is_batch
+from lcore.generation.reuse import Reuse
 from lcore.generation.sampling import Sampling, check_int
 from lcore.generation.text import CONTEXT, TextStream
 
@@ -39,10 +42,13 @@ class Generator:
     kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
     policy:         None; eviction policies do not exist yet.
+    prefix_reuse:   whether a prompt that begins as one before is read from where they differ, a page's length exactly;
+                    a PrefixCache to share with other generators, or to bound. The text is what it is without, bit by
+                    bit. Pages are kept in memory that the caches before took, the last used ones: `prefixes` tells.
 
     After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
 
-    Raises: TypeError or ValueError for a bad prefill_chunk; NotImplementedError for a policy.
+    Raises: TypeError or ValueError for a bad prefill_chunk or prefix_reuse; NotImplementedError for a policy.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Generator:
         kv_format: str | tuple[str, str] | None = None,
         prefill_chunk: int = 2048,
         policy: object = None,
+        prefix_reuse: bool | PrefixCache = True,
     ) -> None:
         if policy is not None:
             raise NotImplementedError(
@@ -58,10 +65,13 @@ class Generator:
                 "is kept; kv_format='bf16' or 'fp16' halves a float32 cache"
             )
         check_int("prefill_chunk", prefill_chunk, at_least=1)
+        known = isinstance(prefix_reuse, (bool, PrefixCache))
+        require_type(known, "Generator", "prefix_reuse", "be a bool or a PrefixCache", repr(prefix_reuse))
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
         self.kv_format = kv_format
+        self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
         self._warned = False
 
     def stream(
@@ -112,14 +122,15 @@ class Generator:
         prompts = encode_prompts(prompt, tokenizer, config.vocab_size, continues=any(held))
         held = held if cache is not None else [0] * len(prompts)
         require(len(held) == len(prompts), "Generator", "prompt", f"have the cache's {len(held)} rows", len(prompts))
-        self.cache = self._cache_with_room([len(p) + max_new_tokens for p in prompts], cache)
+        self.cache, reuse = self._cache_with_room(prompts, max_new_tokens, cache)
         self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
 
         decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
         ends = config.eos_token_ids if tokenizer is None else (*config.eos_token_ids, *tokenizer.eos_token_ids)
+        known = [0] * len(prompts) if reuse is None else reuse.tokens
         rows = [
-            Row(index, ids, start, TextStream(decode, ids[-CONTEXT:].tolist(), stops))
-            for index, (ids, start) in enumerate(zip(prompts, held, strict=True))
+            Row(index, ids, start + n, TextStream(decode, ids[-CONTEXT:].tolist(), stops), read=n, reused=n)
+            for index, (ids, start, n) in enumerate(zip(prompts, held, known, strict=True))
         ]
         return Loop(
             self.model,
@@ -130,6 +141,7 @@ class Generator:
             sampling=sampling,
             eos_ids=frozenset(ends),
             stop_ids=frozenset(stop_ids),
+            keep=None if reuse is None else reuse.keep,
         ).run()
 
     def generate(
@@ -155,15 +167,38 @@ class Generator:
         ]
         return rows if is_batch(prompt) else rows[0]
 
-    def _cache_with_room(self, new_tokens: list[int], cache: PagedCache | None) -> PagedCache:
-        """`cache`, or a new one, with room for `new_tokens[row]` more tokens in each row, if memory has it."""
+    def _cache_with_room(
+        self, prompts: list[torch.Tensor], max_new_tokens: int, cache: PagedCache | None
+    ) -> tuple[PagedCache, Reuse | None]:
+        """`cache`, or a new one that begins with known pages, with room for the prompts and what follows them."""
+        if cache is not None:
+            self._make_room(cache, [len(p) + max_new_tokens for p in prompts])
+            return cache, None
+        try:
+            return self._new_cache(prompts, max_new_tokens)
+        except MemoryError:
+            # The pool may be too large to grow, beside what else is in it: a new one has as much room as without reuse.
+            if self.prefixes is None or not self.prefixes.renew():
+                raise
+        return self._new_cache(prompts, max_new_tokens)
+
+    def _new_cache(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
+        cache, reuse, known = self.model.new_cache(len(prompts), kv_format=self.kv_format), None, [0] * len(prompts)
+        if self.prefixes is not None and isinstance(cache, PagedCache):
+            reuse = Reuse(self.prefixes, self.model, cache, prompts, self.prefill_chunk)
+            known = reuse.tokens
+        self._make_room(cache, [len(p) - n + max_new_tokens for p, n in zip(prompts, known, strict=True)])
+        return cache, reuse
+
+    def _make_room(self, cache: PagedCache, new_tokens: list[int]) -> None:
+        """Room for `new_tokens[row]` more tokens in each row, if memory has it."""
         config, model = self.model.config, self.model
-        if cache is None:
-            cache = model.new_cache(len(new_tokens), kv_format=self.kv_format)
         chunk = min(self.prefill_chunk, max(new_tokens))
         workspace = workspace_bytes(config, chunk, len(new_tokens), model.dtype.itemsize)
-        reserve(cache, new_tokens, workspace, free_bytes(model.device))
-        return cache
+        make_free = None
+        if self.prefixes is not None and isinstance(cache, PagedCache):
+            make_free = partial(self.prefixes.make_free, cache)
+        reserve(cache, new_tokens, workspace, free_bytes(model.device), make_free)
 
     def _warn_beyond_training(self, length: int) -> None:
         limit = self.model.config.max_position_embeddings
