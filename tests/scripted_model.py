@@ -10,6 +10,10 @@ import zlib
 from types import SimpleNamespace
 
 import torch
+from cache_cases import contents
+
+import lcore
+from lcore.generation.rows import ActiveRows
 
 VOCAB = 64
 
@@ -30,6 +34,10 @@ class ByteTokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         turns = "".join(f"[{m['role']}]{m['content']}" for m in messages)
         return turns + ("[assistant]" if add_generation_prompt else "")
+
+
+def digest(history: list[int]) -> int:
+    return zlib.crc32(str(history).encode())
 
 
 class HistoryCache:
@@ -53,7 +61,7 @@ class HistoryCache:
         """(batch, new): for each row that has queries the hash of its history, elsewhere 0."""
         out = torch.zeros_like(q)
         for row, count in enumerate(self._counts(q, lengths)):
-            out[row, :count] = zlib.crc32(str(self.layers[layer][row]).encode())
+            out[row, :count] = digest(self.layers[layer][row])
         return out
 
     @staticmethod
@@ -117,12 +125,53 @@ class HistoryModel:
             if self.interrupt_at == (len(self.steps), layer):
                 self.interrupt_at = None
                 raise KeyboardInterrupt
-            cache.append(layer, tokens, tokens, lengths=lengths)
+            self._append(cache, layer, tokens, lengths)
         self.steps.append(counts)
-        digests = cache.attend(layer, tokens, lengths=lengths)[:, 0].tolist()
+        digests = self._digests(cache, layer, tokens, lengths)
         return torch.stack([self._logits(*pair) for pair in zip(digests, cache.seen().tolist(), strict=True)])[:, None]
 
-    def _logits(self, digest: int, position: int) -> torch.Tensor:
+    def _append(self, cache, layer, tokens, lengths):
+        cache.append(layer, tokens, tokens, lengths=lengths)
+
+    def _digests(self, cache, layer, tokens, lengths) -> list[int]:
+        return cache.attend(layer, tokens, lengths=lengths)[:, 0].tolist()
+
+    def _logits(self, seed: int, position: int) -> torch.Tensor:
         if position in self.script:
             return torch.nn.functional.one_hot(torch.tensor(self.script[position]), VOCAB).float() * 50
-        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(digest))
+        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+class PagedHistoryModel(HistoryModel):
+    """The same over a real PagedCache, where a token is its own key: the history is read back from pages and tails."""
+
+    page_size = 8
+
+    def new_cache(self, batch_size: int = 1, kv_format: str | None = None) -> lcore.PagedCache:
+        shape = (self.config.num_layers, 1, 1)
+        return lcore.PagedCache(
+            *shape, batch_size=batch_size, dtype=torch.float32, kv_format="fp32", page_size=self.page_size
+        )
+
+    def parameters(self):
+        return iter(())
+
+    buffers = parameters
+
+    def _append(self, cache, layer, tokens, lengths):
+        states = tokens[..., None, None].float()
+        cache.append(layer, states, states, lengths=lengths)
+
+    def _digests(self, cache, layer, tokens, lengths) -> list[int]:
+        whole, rows = (
+            (cache._cache, cache._index) if isinstance(cache, ActiveRows) else (cache, range(cache.batch_size))
+        )
+        histories = stored_tokens(whole, layer)
+        return [digest(histories[row]) for row in rows]
+
+
+def stored_tokens(cache: lcore.PagedCache, layer: int) -> list[list[int]]:
+    """What each row of a layer holds, as its keys say."""
+    found = contents(cache, layer)
+    keys = [(found[at].flatten(), found[at + 2].flatten()) for at in range(0, len(found), 4)]
+    return [torch.cat(parts).view(torch.float32).int().tolist() for parts in keys]

@@ -119,6 +119,8 @@ OTHER = [
     ("reserve", (2**31,), ValueError, f"tokens must be an integer in [0, {INT32_MAX}], got {2**31}"),
     ("reserve", (2**70,), ValueError, f"tokens must be an integer in [0, {INT32_MAX}], got {2**70}"),
     ("reserve", ("1",), TypeError, f"tokens must be an integer in [0, {INT32_MAX}], got '1'"),
+    ("reserve", (torch.tensor([0, 2**31]),), ValueError, f"tokens must lie in [0, {INT32_MAX}], got [0, {2**31}]"),
+    ("reserve", (torch.tensor([1]),), ValueError, "tokens must have shape (batch,) = (2,), got (1,)"),
     ("seen", (2,), ValueError, "layer must be an integer in [0, 1], got 2"),
     ("lengths", (-1,), ValueError, "layer must be an integer in [0, 1], got -1"),
     ("bytes_per_token", (0, 2, 8), ValueError, "num_layers must be an integer >= 1, got 0"),

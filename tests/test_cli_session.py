@@ -43,7 +43,7 @@ def test_the_command_goes_on_where_it_stopped(folder, path, tmp_path):
     assert first.exit_code == 0 and first.stdout == "\n", first.output
     second = run("generate", "-m", folder, "--session", path, "-f", text, "-p", " And?", "-n", 12)
     assert second.stdout == run("generate", "-m", folder, "-p", PROMPT + " And?", "-n", 12).stdout
-    assert "read 5 tokens in" in second.stderr and f"kept {len(PROMPT)} of the session" in second.stderr
+    assert "read 5 tokens in" in second.stderr and f"kept {len(PROMPT)} tokens" in second.stderr
     third = run("generate", "-m", folder, "--session", path, "-f", text, "-p", " But?", "-n", 4, "--kv-format", "bf16")
     assert third.exit_code == 1 and third.stderr.startswith("error: lcore.Generator: cache.kv_format must be ")
 
@@ -77,5 +77,5 @@ def test_the_bundled_model_answers_from_a_session(path, tmp_path):
     assert run(*arguments[:-1], 0, "--session", path).exit_code == 0
     resumed = run(*arguments, "-p", question, "--session", path)
     assert resumed.stdout == want.stdout, resumed.output
-    kept = int(re.search(r"kept ([\d,]+) of the session", resumed.stderr)[1].replace(",", ""))
+    kept = int(re.search(r"kept ([\d,]+) tokens", resumed.stderr)[1].replace(",", ""))
     assert kept > 300

@@ -52,7 +52,7 @@ def test_the_file_holds_what_was_read_and_written(model, path):
     reply = generator(model).generate(PROMPT, max_new_tokens=7, session=path)
     assert reply.text == generator(model).generate(PROMPT, max_new_tokens=7).text
     assert tokens_of(path) == [*ids_of(PROMPT), *reply.tokens]
-    assert reply.stats.kept_tokens == 0
+    assert reply.stats.reused_tokens == 0
     assert os.listdir(path.parent) == ["a.session"]
 
 
@@ -64,7 +64,7 @@ def test_a_prompt_that_extends_the_session_is_read_from_there_on(model, path, cu
     steps = count_steps(model, monkeypatch)
     reply = gen.generate(PROMPT, max_new_tokens=9, session=path)
     assert sum(steps) == len(PROMPT) - cut + 9
-    assert reply.stats.kept_tokens == cut and reply.stats.prompt_tokens == len(PROMPT) - cut
+    assert reply.stats.reused_tokens == cut and reply.stats.prompt_tokens == len(PROMPT)
     assert reply.text == generator(model).generate(PROMPT, max_new_tokens=9).text
 
 
@@ -81,7 +81,7 @@ def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(path, kv_format, dtype
     on = whole.generate(question, max_new_tokens=20, cache=whole.cache, temperature=1.0)
     ids = [*ids_of(PROMPT), *first.tokens, *ids_of(question)]
     resumed = gen.generate(ids, max_new_tokens=20, session=path, temperature=1.0)
-    assert resumed.tokens == on.tokens and resumed.stats.kept_tokens == len(PROMPT) + 30
+    assert resumed.tokens == on.tokens and resumed.stats.reused_tokens == len(PROMPT) + 30
     last = torch.tensor([[3]])
     with torch.no_grad():
         assert torch.equal(model(last, gen.cache), model(last, whole.cache))
@@ -106,7 +106,7 @@ def test_a_prompt_that_leaves_the_session_keeps_what_is_exact(path, kv_format, s
     gen.generate(text, max_new_tokens=0, session=path)
     reply = gen.generate(other, max_new_tokens=8, session=path)
     exact = shared if kv_format == "fp32" or shared >= 128 else shared // 64 * 64
-    assert reply.stats.kept_tokens == exact
+    assert reply.stats.reused_tokens == exact
     fresh = generator(model, kv_format=kv_format)
     assert reply.tokens == fresh.generate(other, max_new_tokens=8).tokens
     assert tokens_of(path) == [*other, *reply.tokens]
@@ -119,7 +119,7 @@ def test_the_same_prompt_again_and_a_shorter_one(model, path, new):
     text = gen.generate(PROMPT, max_new_tokens=5, session=path).text
     for prompt in (PROMPT, PROMPT[:20]):
         reply = gen.generate(prompt, max_new_tokens=new, session=path)
-        assert reply.stats.kept_tokens == len(prompt) - 1 and reply.stats.prompt_tokens == 1
+        assert reply.stats.reused_tokens == len(prompt) - 1 and reply.stats.prompt_tokens == len(prompt)
         assert reply.text == generator(model).generate(prompt, max_new_tokens=new).text
         assert len(tokens_of(path)) == len(prompt) + new
     assert text
@@ -141,7 +141,7 @@ def test_rows_of_a_batch(model, path):
     gen = generator(model)
     gen.generate(prompts, max_new_tokens=0, session=path)
     replies = gen.generate(longer, max_new_tokens=6, session=path)
-    assert [reply.stats.kept_tokens for reply in replies] == [3, 1, 40]
+    assert [reply.stats.reused_tokens for reply in replies] == [3, 1, 40]
     assert [reply.text for reply in replies] == [r.text for r in generator(model).generate(longer, max_new_tokens=6)]
     assert tokens_of(path, 1) == [*ids_of("dXYZ"), *replies[1].tokens]
     with pytest.raises(ValueError, match=r"cache\.batch_size must be 3 as in the session file .*, got 1"):
@@ -220,7 +220,7 @@ def test_a_stream_that_is_closed_or_interrupted_saves_what_was_read(model, path,
             list(stream)
     assert tokens_of(path) == ids_of(PROMPT)[:32]
     reply = gen.generate(PROMPT, max_new_tokens=3, session=path)
-    assert reply.stats.kept_tokens == 32 and reply.text == generator(model).generate(PROMPT, max_new_tokens=3).text
+    assert reply.stats.reused_tokens == 32 and reply.text == generator(model).generate(PROMPT, max_new_tokens=3).text
 
 
 def test_a_stream_that_is_closed_between_tokens_can_be_continued(model, path):

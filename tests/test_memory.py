@@ -64,7 +64,18 @@ def test_a_batch_is_the_sum_of_its_rows():
         memory.reserve(new_cache(2), [16, 160], workspace=0, free=11 * COUNTED - 1)
     cache = new_cache(2)
     memory.reserve(cache, [16, 160], workspace=0, free=GIB)
-    assert cache.stats()["pool_bytes"] == 12 * IN_POOL  # the mean, rounded up to a page
+    assert cache.stats()["pool_bytes"] == 11 * IN_POOL
+
+
+def test_every_row_gets_its_own_room():
+    cache = new_cache(3)
+    for layer in range(2):
+        cache.append(layer, *torch.zeros(2, 3, 70, 3, 8), lengths=torch.tensor([70, 3, 0]))
+    memory.reserve(cache, [10, 28, 15], workspace=0, free=GIB)
+    assert cache.stats()["pool_bytes"] == (5 + 1 + 0) * IN_POOL
+    for layer in range(2):
+        cache.append(layer, *torch.zeros(2, 3, 28, 3, 8), lengths=torch.tensor([10, 28, 15]))
+    assert cache.stats()["pool_bytes"] == 6 * IN_POOL
 
 
 def test_a_pool_that_grows_is_there_twice_for_a_moment():

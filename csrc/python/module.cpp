@@ -1,26 +1,45 @@
 // lcore._runtime: the host data structures of csrc/runtime for Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
+#include <initializer_list>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "runtime/page_allocator.h"
+#include "runtime/prefix_index.h"
 
 namespace nb = nanobind;
 using lcore::runtime::OutOfPages;
 using lcore::runtime::PageAllocator;
+using lcore::runtime::PrefixIndex;
+using lcore::runtime::Rows;
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using NewIds = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
+using NewMatrix = nb::ndarray<nb::numpy, int32_t, nb::ndim<2>>;
 
 namespace {
 
 std::span<const int32_t> span_of(const Ids& ids) { return {ids.data(), ids.shape(0)}; }
 
+Rows rows_of(const Matrix& m) { return {m.data(), static_cast<int64_t>(m.shape(0)), static_cast<int64_t>(m.shape(1))}; }
+
+std::string string_of(const nb::bytes& name) { return {name.c_str(), name.size()}; }
+
 // Hands a vector's memory to NumPy without a copy.
-NewIds to_numpy(std::vector<int32_t>&& values) {
+template <class Array>
+Array to_numpy(std::vector<int32_t>&& values, std::initializer_list<size_t> shape) {
   auto* owned = new std::vector<int32_t>(std::move(values));
   const nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
-  return NewIds(owned->data(), {owned->size()}, owner);
+  return Array(owned->data(), shape, owner);
+}
+
+NewIds to_numpy(std::vector<int32_t>&& values) {
+  const size_t size = values.size();
+  return to_numpy<NewIds>(std::move(values), {size});
 }
 
 }  // namespace
@@ -47,6 +66,51 @@ NB_MODULE(_runtime, m) {
       .def(
           "refcounts", [](const PageAllocator& self, const Ids& ids) { return to_numpy(self.refcounts(span_of(ids))); },
           nb::arg("ids").noconvert(), "How many hold each of these pages in use, int32.")
+      .def(
+          "held_once", [](const PageAllocator& self, const Ids& ids) { return self.held_once(span_of(ids)); },
+          nb::arg("ids").noconvert(), "Whether each of these pages has one reference.")
       .def_prop_ro("num_pages", &PageAllocator::num_pages)
       .def_prop_ro("free_count", &PageAllocator::free_count);
+  nb::class_<PrefixIndex>(m, "PrefixIndex",
+                          "Pages of the beginnings of texts, by namespace and token ids; one mutex a call.",
+                          nb::is_weak_referenceable())
+      .def(nb::init<int>(), nb::arg("hash_bits") = 64)
+      .def(
+          "match",
+          [](PrefixIndex& self, const nb::bytes& name, const Matrix& tokens) {
+            PrefixIndex::Match found = self.match(string_of(name), rows_of(tokens));
+            const size_t runs = found.runs, width = found.width;
+            return to_numpy<NewMatrix>(std::move(found.pages), {runs, width});
+          },
+          nb::arg("namespace"), nb::arg("tokens").noconvert(),
+          "Pages (matched runs, pages a run), int32, of the longest known beginning of tokens (runs, page_size).")
+      .def(
+          "insert",
+          [](PrefixIndex& self, const nb::bytes& name, const Matrix& tokens, const Matrix& pages) {
+            return self.insert(string_of(name), rows_of(tokens), rows_of(pages));
+          },
+          nb::arg("namespace"), nb::arg("tokens").noconvert(), nb::arg("pages").noconvert(),
+          "Adds what is not known of tokens (runs, page_size) with pages (runs, pages a run); returns how many runs "
+          "were.")
+      .def(
+          "evict",
+          [](PrefixIndex& self, int64_t count, const PageAllocator* allocator) {
+            return to_numpy(self.evict(count, allocator));
+          },
+          nb::arg("count"), nb::arg("allocator") = nb::none(),
+          "Takes leaves away, the longest unused first, until they had `count` pages; returns the pages.")
+      .def(
+          "clear",
+          [](PrefixIndex& self, const std::optional<nb::bytes>& name) {
+            return to_numpy(name ? self.clear(string_of(*name)) : self.clear());
+          },
+          nb::arg("namespace") = nb::none(), "Takes a namespace away, or all; returns the pages.")
+      .def(
+          "renumber", [](PrefixIndex& self, const Ids& ids) { self.renumber(span_of(ids)); },
+          nb::arg("ids").noconvert(), "Pages have moved: page i is now ids[i].")
+      .def_prop_ro("nodes", [](const PrefixIndex& self) { return self.stats().nodes; })
+      .def_prop_ro("pages", [](const PrefixIndex& self) { return self.stats().pages; })
+      .def_prop_ro("hits", [](const PrefixIndex& self) { return self.stats().hits; })
+      .def_prop_ro("misses", [](const PrefixIndex& self) { return self.stats().misses; })
+      .def_prop_ro("evictions", [](const PrefixIndex& self) { return self.stats().evictions; });
 }

@@ -151,4 +151,9 @@ std::vector<int32_t> PageAllocator::refcounts(std::span<const int32_t> ids) cons
   return counts;
 }
 
+bool PageAllocator::held_once(std::span<const int32_t> ids) const {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::all_of(ids, [this](int32_t id) { return in_use(id) && references_[id] == 1; });
+}
+
 }  // namespace lcore::runtime

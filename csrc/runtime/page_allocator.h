@@ -37,6 +37,8 @@ class PageAllocator {
   int64_t refcount(int32_t id) const;
   // The references of each id.
   std::vector<int32_t> refcounts(std::span<const int32_t> ids) const;
+  // Whether each of these pages has one reference.
+  bool held_once(std::span<const int32_t> ids) const;
 
  private:
   bool in_use(int32_t id) const;

@@ -1,6 +1,6 @@
 """lcore: the long-context core for PyTorch."""
 
-from lcore.cache import PagedCache, policies
+from lcore.cache import PagedCache, PrefixCache, policies
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
@@ -9,6 +9,7 @@ from lcore.ops import attention, hadamard, merge_states, rope
 __all__ = [
     "Generator",
     "PagedCache",
+    "PrefixCache",
     "attention",
     "build_info",
     "explain",

@@ -237,9 +237,10 @@ def _write(events: Iterator[Event]) -> None:
 
 def describe(stats: Stats) -> str:
     """Counts and rates in one line."""
-    kept = f"kept {stats.kept_tokens:,} of the session, " if stats.kept_tokens else ""
+    kept = f"kept {stats.reused_tokens:,} tokens, " if stats.reused_tokens else ""
+    read = stats.prompt_tokens - stats.reused_tokens
     return (
-        f"read {stats.prompt_tokens:,} tokens in {stats.prefill_seconds:.1f} s ({stats.prefill_rate:,.1f} tokens/s), "
+        f"read {read:,} tokens in {stats.prefill_seconds:.1f} s ({stats.prefill_rate:,.1f} tokens/s), "
         f"{kept}wrote {stats.new_tokens:,} in {stats.decode_seconds:.1f} s ({stats.decode_rate:,.1f} tokens/s), "
         f"cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
     )

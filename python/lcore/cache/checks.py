@@ -73,14 +73,15 @@ def row_counts(function: str, lengths: Any, batch: int, new: int) -> Tensor | No
     return counts
 
 
-def row_limits(function: str, n: Any, batch: int) -> NDArray[np.int64]:
-    """The number of tokens to keep in each row, from one for all or a (batch,) tensor."""
+def row_limits(function: str, argument: str, n: Any, batch: int, high: int | None = None) -> NDArray[np.int64]:
+    """A number of tokens for each row, in [0, high], from one for all or a (batch,) tensor."""
     if not isinstance(n, Tensor):
-        check_int(function, "n", n, 0)
+        check_int(function, argument, n, 0, high)
         return np.full(batch, min(n, MAX_TOKENS), dtype=np.int64)
-    check_tensor(function, "n", n, dtypes=_INTEGERS, shape=(batch,), names="batch", device=CPU)
+    check_tensor(function, argument, n, dtypes=_INTEGERS, shape=(batch,), names="batch", device=CPU)
     limits = n.to(torch.int64).numpy()
-    require(limits.min() >= 0, function, "n", "be >= 0", limits.tolist())
+    rule = "be >= 0" if high is None else f"lie in [0, {high}]"
+    require(limits.min() >= 0 and (high is None or limits.max() <= high), function, argument, rule, limits.tolist())
     return limits
 
 

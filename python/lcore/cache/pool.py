@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakSet
 
@@ -32,7 +33,8 @@ class PagePool:
 
     data: (num_pages, page_bytes). Growing replaces it by a longer copy, so it is read from here for every call. lock is
     held while pages are taken and written: no page is written into a tensor that has just been replaced. It is
-    reentrant because the garbage collector may close another cache meanwhile.
+    reentrant because the garbage collector may close another cache meanwhile. reclaim(pages), where set, gives back up
+    to that many pages that no cache holds; it is called with the lock held.
     """
 
     def __init__(self, page_bytes: int, max_bytes: int | None) -> None:
@@ -42,6 +44,7 @@ class PagePool:
         self.max_bytes = max_bytes
         self.member_bytes = 0  # tables, tails and scores of the caches that share this pool
         self.holders: WeakSet[Holder] = WeakSet()
+        self.reclaim: Callable[[int], None] | None = None
 
     @property
     def page_bytes(self) -> int:
@@ -104,6 +107,17 @@ class PagePool:
             for holder in self.holders:
                 holder.renumber(ids)
             self.data = data
+
+    def make_free(self, pages: int, beside: int = 0) -> None:
+        """Has pages reclaimed when fewer than this many are free and max_bytes, less `beside`, has no room for others.
+
+        Without max_bytes nothing is kept at the price of growing.
+        """
+        missing = pages - self.allocator.free_count
+        if self.free_bytes is not None:
+            missing -= max(0, self.free_bytes - beside) // self.page_bytes
+        if missing > 0 and self.reclaim is not None:
+            self.reclaim(missing)
 
     def missing_bytes(self, pages: int) -> int:
         """Bytes that the pool must grow by to have this many pages free."""

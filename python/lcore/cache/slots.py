@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -54,29 +55,30 @@ class Slots:
         self.scores = scores
         self.undo = undo  # where pages are coded
         self.layers = self._views()
+        self.intact = np.ones(lengths.shape[1], dtype=np.bool_)  # (batch,): nothing was ever taken out of the row
         pool.member_bytes += self.nbytes
         pool.holders.add(self)
 
     @staticmethod
     def empty(
-        function: str, pool: PagePool, layout: PageLayout, shape: tuple[int, int, int], dtype: torch.dtype
+        function: str, pool: PagePool, layout: PageLayout, shape: Sequence[int], dtype: torch.dtype, width: int = 0
     ) -> Slots:
-        """(layers, batch, kv_heads) slots without tokens."""
+        """(layers, batch, kv_heads) slots without tokens, whose tables have room for `width` pages."""
         values = math.prod(shape) * layout.page_size * (layout.head_dim + layout.head_dim_v)
-        coded = not layout.stores_values
-        more = (1 + coded) * values * dtype.itemsize + math.prod(shape) * (12 + 4 * coded) + math.prod(shape[:2]) * 8
-        pool.check_budget(function, more, "for tails and lengths, before any page")
+        coded, slots = not layout.stores_values, math.prod(shape)
+        more = (1 + coded) * values * dtype.itemsize + slots * (12 + 4 * coded + 4 * width) + math.prod(shape[:2]) * 8
+        pool.check_budget(function, more, "for tables and tails, before any page")
         tail_k = new_tensor(function, (*shape, layout.page_size, layout.head_dim), dtype)
         tail_v = new_tensor(function, (*shape, layout.page_size, layout.head_dim_v), dtype)
         return Slots(
             pool,
             layout,
-            new_tensor(function, (*shape, 0), torch.int32),
-            new_tensor(function, shape, torch.int32).zero_(),
+            new_tensor(function, (*shape, width), torch.int32),
+            new_tensor(function, tuple(shape), torch.int32).zero_(),
             tail_k,
             tail_v,
-            new_tensor(function, shape[:2], torch.int64).zero_(),
-            new_tensor(function, shape, torch.int64).zero_(),
+            new_tensor(function, tuple(shape[:2]), torch.int64).zero_(),
+            new_tensor(function, tuple(shape), torch.int64).zero_(),
             scores=KeyScores(shape[0]),
             undo=Undo.beside(function, tail_k, tail_v) if coded else None,
         )
@@ -149,16 +151,30 @@ class Slots:
         columns[between(before - first, after - first, last - first)] = ids
         return ids
 
-    def reserve(self, function: str, tokens: int) -> None:
-        """Room for every slot to hold `tokens` tokens, and no more than that."""
-        width = tokens // self.layout.page_size
-        self.make_room(function, width, int((width - self.full_pages()).clip(min=0).sum()), exact=True)
+    def reserve(self, function: str, tokens: NDArray[np.int64]) -> None:
+        """Room for every slot of row b to hold tokens[b] tokens, and no more than that."""
+        pages = tokens[None, :, None] // self.layout.page_size
+        self.make_room(function, int(pages.max()), int((pages - self.full_pages()).clip(min=0).sum()), exact=True)
+
+    def hold(self, pages: Sequence[Ids]) -> None:
+        """Begins row b, still empty, with the full pages `pages[b]` (n, layers * kv_heads): one reference more each."""
+        layers, _, heads = self.lengths.shape
+        with self.pool.lock:
+            self.pool.allocator.retain(np.concatenate([held.ravel() for held in pages]))
+            for row, held in enumerate(pages):
+                self.table.numpy()[:, row, :, : len(held)] = held.reshape(-1, layers, heads).transpose(1, 2, 0)
+                self.lengths[:, row] = self.seen[:, row] = len(held) * self.layout.page_size
+
+    def row_pages(self, row: int, count: int) -> Ids:
+        """The first `count` pages of a row, as `hold` takes them."""
+        return np.ascontiguousarray(self.table.numpy()[:, row, :, :count].transpose(2, 0, 1)).reshape(count, -1)
 
     def make_room(self, function: str, width: int, pages: int, *, exact: bool = False) -> None:
         """Room for `width` pages in every slot's table and for `pages` more pages in the pool: all or MemoryError."""
         pool = self.pool
         with pool.lock:
             widening = max(0, width - self.table.shape[-1]) * self.lengths.nbytes
+            pool.make_free(pages, beside=widening)
             missing = pool.missing_bytes(pages)
             if widening + missing == 0:
                 return
@@ -194,7 +210,9 @@ class Slots:
             copies = [new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own]
             self.pool.allocator.retain(self._ids(0, self.full_pages()))
             undo = None if self.undo is None else self.undo.copy(function)
-            return Slots(self.pool, self.layout, *copies, scores=self.scores.copy(), undo=undo)
+            fork = Slots(self.pool, self.layout, *copies, scores=self.scores.copy(), undo=undo)
+            fork.intact[:] = self.intact
+            return fork
 
     def crop(self, function: str, limits: NDArray[np.int64]) -> None:
         """Takes the tokens behind the first limits[b] seen from every slot of row b, none of which has been evicted.
@@ -221,6 +239,7 @@ class Slots:
                 where = torch.from_numpy(cut)
                 self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)
             released = self._ids(kept, held)
+            self.intact &= (after == lengths).all(axis=(0, 2))
             new = (after, np.minimum(seen, limits), np.where(emptied, 0, thinned))
             assign([self.lengths, self.seen, self.thinned], [torch.from_numpy(x) for x in new])
             self.pool.allocator.release(released)

@@ -14,14 +14,13 @@ class Space(Handle):
 
     batch_size: int
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for every row to hold `tokens` tokens in all layers, in one exact allocation.
+    def reserve(self, tokens: int | Tensor) -> None:
+        """Makes room for every row to hold `tokens` tokens, one number or (batch,) integers, in one exact allocation.
 
         Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
         """
-        slots = self._open("PagedCache.reserve")
-        check_int("PagedCache.reserve", "tokens", tokens, 0, MAX_TOKENS)
-        slots.reserve("PagedCache.reserve", tokens)
+        slots, function = self._open("PagedCache.reserve"), "PagedCache.reserve"
+        slots.reserve(function, row_limits(function, "tokens", tokens, self.batch_size, MAX_TOKENS))
 
     def crop(self, n: int | Tensor) -> None:
         """Takes all tokens behind the first n seen from every row in every layer; who has seen no more stays as it is.
@@ -40,7 +39,7 @@ class Space(Handle):
                 after n tokens is not known any more; n = 0, an empty cache, always is. Nothing has changed.
         """
         slots = self._open("PagedCache.crop")
-        slots.crop("PagedCache.crop", row_limits("PagedCache.crop", n, self.batch_size))
+        slots.crop("PagedCache.crop", row_limits("PagedCache.crop", "n", n, self.batch_size))
 
     def evict(self, layer: int, keep: Tensor) -> None:
         """Drops tokens from the middle of a layer: the others move together and keep their bits and positions.

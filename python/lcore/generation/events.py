@@ -13,7 +13,7 @@ class Prefill:
     """A chunk of the prompt has been read.
 
     done:   prompt tokens read so far, over all rows; never falls, and the last event always has done == total.
-    total:  prompt tokens to read in this call, over all rows.
+    total:  prompt tokens to read in this call, over all rows, without those that an earlier call has read.
     eta:    seconds still needed for the rest of the prompt, None while nothing has been measured.
     """
 
@@ -42,8 +42,9 @@ class Stats:
     """Counts and times of one row.
 
     Seconds are those of the generator's own steps, which the rows of a batch share, without what the caller does
-    between events. cache_bytes is what the whole cache holds, peak_bytes the process's largest resident set so far.
-    prompt_tokens were read; kept_tokens, before them in the prompt, came with a session file.
+    between events. cache_bytes is what the whole cache holds, with the pool that it shares; peak_bytes the process's
+    largest resident set so far. reused_tokens of the prompt were not read: they were in the session file, or their
+    pages in the index of prefixes.
     """
 
     prompt_tokens: int
@@ -52,12 +53,13 @@ class Stats:
     decode_seconds: float
     cache_bytes: int
     peak_bytes: int
-    kept_tokens: int = 0
+    reused_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+        """Prompt tokens read per second."""
+        read = self.prompt_tokens - self.reused_tokens
+        return read / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
     @property
     def decode_rate(self) -> float:

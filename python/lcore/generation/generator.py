@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lcore.cache import PagedCache
+import torch
+
+from lcore.cache import PagedCache, PrefixCache
 from lcore.cache.policies import Policy
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
@@ -20,6 +22,7 @@ from lcore.generation.planner import context_room, model_planner
 from lcore.generation.progress import show_prefill
 from lcore.generation.prompts import Prompt, encode_prompts, is_batch
 from lcore.generation.resume import Session
+from lcore.generation.reuse import Reuse
 from lcore.generation.sampling import Sampling, check_int
 from lcore.generation.text import CONTEXT, TextStream
 
@@ -47,6 +50,10 @@ class Generator:
                     the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
     context:        tokens a row for which a new cache makes room at once; "auto" is as many as fit into free memory,
                     at most config.max_position_embeddings; None is as many as a call needs.
+    prefix_reuse:   whether a prompt that begins as one before is read from where they differ, a page's length exactly;
+                    a PrefixCache to share with other generators, or to bound. The text is what it is without, bit by
+                    bit. Pages are kept in memory that the caches before took, the last used ones: `prefixes` tells.
+                    Not with a policy, which takes pages away, nor with a session file.
 
     After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
 
@@ -61,15 +68,19 @@ class Generator:
         prefill_chunk: int = 2048,
         policy: Policy | None = None,
         context: int | Literal["auto"] | None = None,
+        prefix_reuse: bool | PrefixCache = True,
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
         check_int("prefill_chunk", prefill_chunk, at_least=1)
+        known = isinstance(prefix_reuse, (bool, PrefixCache))
+        require_type(known, "Generator", "prefix_reuse", "be a bool or a PrefixCache", repr(prefix_reuse))
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
         self.kv_format, self.policy = kv_format, policy
         self.context = context
+        self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
         self._warned = False
         if context is not None and context != "auto":
             check_int("context", context, at_least=1)
@@ -129,15 +140,21 @@ class Generator:
         prompts = encode_prompts(prompt, tokenizer, config.vocab_size, continues=any(held))
         held = held if cache is not None else [0] * len(prompts)
         require(len(held) == len(prompts), "Generator", "prompt", f"have the cache's {len(held)} rows", len(prompts))
-        room = [len(p) + max_new_tokens for p in prompts]
+        known, reuse = [0] * len(prompts), None
         with ExitStack() as undo:  # a session file that is in our hands when something is refused is let go
             saved: Session | None = None
             if session is not None:
                 cache = self.model.new_cache(len(prompts), kv_format=self.kv_format)
                 saved = Session(session, self.model, cache, prompts)
                 undo.callback(saved.close)
-                room = [max(n, m) for n, m in zip(room, saved.held, strict=True)]
-            cache = self._cache_with_room(room, cache)
+                known = saved.kept
+            if cache is None:
+                cache, reuse = self._new_cache_with_room(prompts, max_new_tokens)
+                known = known if reuse is None else reuse.tokens
+            else:
+                held_at_once = [0] * len(prompts) if saved is None else saved.held
+                room = zip(prompts, held_at_once, strict=True)
+                self._make_room(cache, [max(len(p) + max_new_tokens, n) for p, n in room])
             self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
             if saved is not None:
                 saved.load()
@@ -146,10 +163,9 @@ class Generator:
 
         decode = None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True)
         ends = config.eos_token_ids if tokenizer is None else (*config.eos_token_ids, *tokenizer.eos_token_ids)
-        kept = [0] * len(prompts) if saved is None else saved.kept
         rows = [
-            Row(index, ids[skip:], start + skip, TextStream(decode, ids[-CONTEXT:].tolist(), stops))
-            for index, (ids, start, skip) in enumerate(zip(prompts, held, kept, strict=True))
+            Row(index, ids, start + n, TextStream(decode, ids[-CONTEXT:].tolist(), stops), read=n, reused=n)
+            for index, (ids, start, n) in enumerate(zip(prompts, held, known, strict=True))
         ]
         events = Loop(
             self.model,
@@ -160,6 +176,7 @@ class Generator:
             sampling=sampling,
             eos_ids=frozenset(ends),
             stop_ids=frozenset(stop_ids),
+            keep=None if reuse is None else reuse.keep,
         ).run()
         return events if saved is None else saved.record(events)
 
@@ -186,18 +203,37 @@ class Generator:
         ]
         return rows if is_batch(prompt) else rows[0]
 
-    def _cache_with_room(self, new_tokens: list[int], cache: PagedCache | None) -> PagedCache:
-        """`cache`, or a new one, with room for `new_tokens[row]` more tokens in each row, if memory has it."""
+    def _new_cache_with_room(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
+        """A cache that begins with known pages, with room for the prompts and what follows them."""
+        try:
+            return self._new_cache(prompts, max_new_tokens)
+        except MemoryError:
+            # The pool may be too large to grow, beside what else is in it: a new one has as much room as without reuse.
+            if self.prefixes is None or not self.prefixes.renew():
+                raise
+        return self._new_cache(prompts, max_new_tokens)
+
+    def _new_cache(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
+        cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, policy=self.policy)
+        reuse, known = None, [0] * len(prompts)
+        if self.prefixes is not None and self.policy is None and isinstance(cache, PagedCache):
+            reuse = Reuse(self.prefixes, self.model, cache, prompts, self.prefill_chunk)
+            known = reuse.tokens
+        self._make_room(cache, [len(p) - n + max_new_tokens for p, n in zip(prompts, known, strict=True)])
+        return cache, reuse
+
+    def _make_room(self, cache: PagedCache, new_tokens: list[int]) -> None:
+        """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
         config, model, rows = self.model.config, self.model, len(new_tokens)
-        free = free_bytes(model.device)
-        if cache is None:
-            cache = model.new_cache(rows, kv_format=self.kv_format, policy=self.policy)
         if self.context is not None and not cache.seen().any():
             planner = model_planner(model, rows, self.prefill_chunk)
             new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
         chunk = min(self.prefill_chunk, max(new_tokens))
-        reserve(cache, new_tokens, workspace_bytes(config, chunk, rows, model.dtype.itemsize), free, chunk)
-        return cache
+        workspace = workspace_bytes(config, chunk, rows, model.dtype.itemsize)
+        make_free = None
+        if self.prefixes is not None and isinstance(cache, PagedCache):
+            make_free = partial(self.prefixes.make_free, cache)
+        reserve(cache, new_tokens, workspace, free_bytes(model.device), chunk, make_free)
 
     def _warn_beyond_training(self, length: int) -> None:
         limit = self.model.config.max_position_embeddings

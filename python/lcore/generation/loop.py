@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -30,7 +30,8 @@ class Row:
     position: int  # of the next token that the cache will hold
     text: TextStream
     read: int = 0  # tokens of the prompt that the cache holds
-    new: int = 0  # tokens generated
+    reused: int = 0  # those of them that it held from the start
+    written: list[int] = field(default_factory=list)  # tokens generated
     logits: torch.Tensor | None = None  # (vocab,) float32, of the token at `position`
     reason: Reason | None = None
 
@@ -53,6 +54,7 @@ class Loop:
         sampling: Sampling,
         eos_ids: frozenset[int],
         stop_ids: frozenset[int],
+        keep: Callable[[Row], None] | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -62,6 +64,7 @@ class Loop:
         self._sampling = sampling
         self._eos_ids = eos_ids
         self._stop_ids = stop_ids
+        self._keep = keep or (lambda row: None)  # called when a row has read its prompt, and when it has ended
         self._prefill_seconds = 0.0  # without the time that the caller spends between events
         self._decode_seconds = 0.0
 
@@ -81,6 +84,8 @@ class Loop:
                 row.read += take
                 row.position += take
                 row.logits = logits[row.index]
+                if row.left == 0:
+                    self._keep(row)
             seconds = time.perf_counter() - begin
             self._prefill_seconds += seconds
             clock.add(sum(take for _, take in step), pairs, seconds)
@@ -122,6 +127,7 @@ class Loop:
                 row.position += 1
                 row.logits = logits[row.index]
                 if row.reason is not None:
+                    self._keep(row)
                     yield self._done(row, row.reason)
             alive = [row for row in alive if row.reason is None]
 
@@ -129,7 +135,7 @@ class Loop:
         """Chooses the token at `row.position`; sets `row.reason` when it is the last one."""
         assert row.logits is not None
         token = sample(row.logits, self._sampling, self._sampling.seed + row.index, row.position)
-        row.new += 1
+        row.written.append(token)
         text, stopped = "", False
         if token in self._eos_ids:
             row.reason = "eos"
@@ -137,7 +143,7 @@ class Loop:
             row.reason = "stop"
         else:
             text, stopped = row.text.push(token)
-            if row.new == self._max_new_tokens:
+            if len(row.written) == self._max_new_tokens:
                 row.reason = "length"
         if row.reason is not None and not stopped:
             rest, stopped = row.text.flush()
@@ -148,7 +154,15 @@ class Loop:
 
     def _done(self, row: Row, reason: Reason) -> Done:
         cache_bytes = int(self._cache.stats()["bytes"])
-        stats = Stats(len(row.prompt), self._prefill_seconds, row.new, self._decode_seconds, cache_bytes, peak_bytes())
+        stats = Stats(
+            len(row.prompt),
+            self._prefill_seconds,
+            len(row.written),
+            self._decode_seconds,
+            cache_bytes,
+            peak_bytes(),
+            row.reused,
+        )
         return Done(reason, stats, row.index)
 
     def _forward(self, tokens: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,25 +88,34 @@ def workspace_bytes(config: ModelConfig, tokens: int, rows: int, itemsize: int) 
     return activations + 2 * rows * config.vocab_size * 4 + SPARE_BYTES
 
 
-def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: int, chunk: int = 1) -> None:
+def reserve(
+    cache: PagedCache,
+    new_tokens: Sequence[int],
+    workspace: int,
+    free: int,
+    chunk: int = 1,
+    make_free: Callable[[int], None] | None = None,
+) -> None:
     """Makes room in `cache` for `new_tokens[row]` more tokens of every row, if that and the workspace fit into `free`.
 
     A cache with a policy holds less: its budget, and the `chunk` of tokens that came since it last evicted.
+    make_free(pages), called when it does not fit, has the pool give up what no cache holds, until so many are free.
 
     Raises: MemoryError with the bytes needed, the bytes free, and how many tokens would fit in every row; the cache is
     as it was.
     """
-    rows, stats, page_size = len(new_tokens), cache.stats(), cache.page_size
+    rows, page_size = len(new_tokens), cache.page_size
     tokens_after = [seen + new for seen, new in zip(cache.seen().tolist(), new_tokens, strict=True)]
     if cache.policy is not None:
         tokens_after = [cache.policy.held_after(n, chunk, page_size) for n in tokens_after]
     pages_after = [n // page_size for n in tokens_after]
     heads = cache.num_layers * cache.num_kv_heads
-    pool_bytes, free_pages = int(stats["pool_bytes"]), int(stats["free_pages"])
-    missing = heads * sum(pages_after) - int(stats["pages"]) - free_pages
+    wanted = max(0, heads * sum(pages_after) - int(cache.stats()["pages"]))
     page_bytes = page_size * _bytes_per_token(cache) // heads
-    # A pool that must grow is copied into a larger one: for a moment both are there.
-    needed = pool_bytes + missing * page_bytes if missing > 0 else 0
+    needed, pool_bytes, free_pages = _growth(cache, wanted, page_bytes)
+    if needed + workspace > free and make_free is not None:
+        make_free(wanted)
+        needed, pool_bytes, free_pages = _growth(cache, wanted, page_bytes)
     if needed + workspace > free:
         pages = max(0, free - workspace - pool_bytes) // page_bytes + free_pages
         context = f"{max(new_tokens):,} tokens" if rows == 1 else f"{rows} rows of up to {max(new_tokens):,} tokens"
@@ -115,8 +124,16 @@ def reserve(cache: PagedCache, new_tokens: Sequence[int], workspace: int, free: 
             f"bytes (cache {needed:,}, workspace {workspace:,}), {free:,} bytes are free; "
             f"{pages // (heads * rows) * page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
         )
-    # All rows take their pages from one pool: room for the mean of them is room for all.
-    cache.reserve(-(-sum(pages_after) // rows) * page_size)
+    cache.reserve(torch.tensor(pages_after) * page_size)
+
+
+def _growth(cache: PagedCache, pages: int, page_bytes: int) -> tuple[int, int, int]:
+    """Bytes to allocate for so many more pages, then the pool's bytes and free pages."""
+    stats = cache.stats()
+    pool_bytes, free_pages = int(stats["pool_bytes"]), int(stats["free_pages"])
+    # A pool that must grow is copied into a larger one: for a moment both are there.
+    needed = pool_bytes + (pages - free_pages) * page_bytes if pages > free_pages else 0
+    return needed, pool_bytes, free_pages
 
 
 def _bytes_per_token(cache: PagedCache) -> int:

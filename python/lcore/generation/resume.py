@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from lcore.cache import StoredSession
 from lcore.cache.session_lock import SessionLock
 from lcore.cache.sessions import save
 from lcore.errors import message
-from lcore.generation.events import Done, Event, Token
+from lcore.generation.events import Event, Token
 from lcore.models.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Session:
             for event in events:
                 if isinstance(event, Token):
                     written[event.row].append(event.id)
-                yield self._with_kept(event) if isinstance(event, Done) else event
+                yield event
         except (KeyboardInterrupt, GeneratorExit):
             self._save(written)
             raise
@@ -89,9 +88,6 @@ class Session:
         if self._stored is not None:
             self._stored.close()
         self._lock.release()
-
-    def _with_kept(self, done: Done) -> Done:
-        return replace(done, stats=replace(done.stats, kept_tokens=self.kept[done.row]))
 
     def _save(self, written: list[list[int]]) -> None:
         texts = [
