@@ -27,7 +27,8 @@ class Space(Handle):
         """Takes all tokens behind the first n seen from every row in every layer; who has seen no more stays as it is.
 
         So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
-        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes.
+        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes. What
+        the queries of the taken tokens added to a policy's scores of other keys stays.
 
         Args:
             n: one number or (batch,) int64 or int32.
