@@ -2,9 +2,11 @@
 
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from cache_cases import Twins, all_pages_are_free, allocator_of, assert_same_contents
+from hypothesis import HealthCheck, given, settings
 from policy_cases import CASES, Pair, held_by, positions
 from test_cache_memory import held_bytes
 
@@ -65,6 +67,25 @@ def test_page_sizes(page_size):
     for new in (70, 50, 1, 1, 1, 1):
         pair.feed(new)
     pair.check()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(list(CASES)),
+    steps=st.lists(st.lists(st.sampled_from([0, 1, 1, 2, 17, 60]), min_size=2, max_size=2), max_size=8),
+    page_size=st.sampled_from([3, 16]),
+    slack=st.sampled_from([0, 1, None]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_steps(name, steps, page_size, slack, seed):
+    torch.manual_seed(seed)
+    pair = Pair(name, 40, batch=2, tokens=500, page_size=page_size, slack=slack)
+    for lengths in steps:
+        pair.feed(max(lengths), lengths)
+        pair.check()
+    pair.cache.trim()
+    pair.check()
+    assert pair.cache.stats()["bytes"] == held_bytes(pair.cache)
 
 
 @pytest.mark.parametrize("name", CASES)

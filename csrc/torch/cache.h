@@ -1,4 +1,4 @@
-// A paged KV cache's tensors as kernels see them; attention_paged and cache_append_ check them here.
+// A paged KV cache's tensors as kernels see them; attention_paged, cache_append_ and cache_compact_ check them here.
 #pragma once
 
 #include "torch/library.h"

@@ -26,7 +26,8 @@ class Space(Handle):
         """Takes all tokens behind the first n seen from every row in every layer; who has seen no more stays as it is.
 
         So layers of unequal length, after a step that ended in the middle of the model, become equal again. Kept tokens
-        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes.
+        of a page that is cut return to the tail with the values that the page had, and encode to the same bytes. What
+        the queries of the taken tokens added to a policy's scores of other keys stays.
 
         In coded formats (fp8 and integers) a page is not cut, or its tokens would be coded twice: n ends at a whole
         page or in the tail, or takes back no more than the last append, whose tail is still known.

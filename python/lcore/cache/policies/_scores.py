@@ -71,7 +71,9 @@ def key_mass_of(
         tokens = first + torch.arange(k.shape[2])
         for begin in range(0, q.shape[1], _QUERIES):
             rows = slice(begin, begin + _QUERIES)
-            scores = softmax_scale * (grouped_q[..., rows, :] @ k[:, :, None].mT)
+            # A group's queries as rows of one product: broadcasting over the group would copy the keys.
+            part = grouped_q[..., rows, :]
+            scores = softmax_scale * (part.flatten(2, 3) @ k.mT).unflatten(2, part.shape[2:4])
             if softcap > 0:
                 scores = softcap * (scores / softcap).tanh()
             index = begin + torch.arange(scores.shape[3])
