@@ -53,6 +53,7 @@ void cache_compact(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tai
   const char* op = "cache_compact_";
   CacheCompactParams p{};
   p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, {});
+  require(p.pages.plain(), op, "pages must store values, fp32, fp16 or bf16: codes mean nothing outside of their page");
   const auto type = tail_k.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op,
           "the tails must be float32, float16 or bfloat16");

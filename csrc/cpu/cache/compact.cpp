@@ -81,9 +81,8 @@ Rows rows_of(const CacheCompactParams& p, bool value, int64_t slot) {
   const KvPages& pages = p.pages;
   const int dim = value ? p.head_dim_v : p.head_dim;
   char* tail = static_cast<char*>(value ? p.tail_v : p.tail_k);
-  return {tail + slot * pages.page_size * dim * static_cast<int64_t>(size_of(p.type)),
-          value ? pages.v_type : pages.k_type, value ? pages.v_offset : 0, value ? pages.page_bytes : pages.v_offset,
-          dim};
+  return {tail + slot * pages.page_size * dim * static_cast<int64_t>(size_of(p.type)), plain_type(pages.format(value)),
+          value ? pages.v_offset : 0, value ? pages.page_bytes : pages.v_offset, dim};
 }
 
 }  // namespace
