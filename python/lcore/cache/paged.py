@@ -16,7 +16,7 @@ from lcore.cache.formats import page_layout
 from lcore.cache.pool import PagePool
 from lcore.cache.slots import Slots
 from lcore.errors import require
-from lcore.ops.attention import check_scores
+from lcore.ops.attention_checks import check_scores
 
 
 class PagedCache:
