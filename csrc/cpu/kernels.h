@@ -11,6 +11,7 @@ struct AttentionGradParams;
 struct CacheAppendParams;
 struct HadamardParams;
 struct CacheCompactParams;
+struct KeyMassParams;
 struct MergeParams;
 struct MergeGradParams;
 struct RopeParams;
@@ -25,6 +26,7 @@ struct KernelTable {
   void (*cache_append)(const CacheAppendParams&, Executor&);
   void (*hadamard)(const HadamardParams&, Executor&);
   void (*cache_compact)(const CacheCompactParams&, Executor&);
+  void (*key_mass)(const KeyMassParams&, Executor&);
   void (*merge_states)(const MergeParams&, Executor&);
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);

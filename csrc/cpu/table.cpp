@@ -11,6 +11,7 @@ void attention_backward(const AttentionGradParams&, Executor&);
 void cache_append(const CacheAppendParams&, Executor&);
 void hadamard(const HadamardParams&, Executor&);
 void cache_compact(const CacheCompactParams&, Executor&);
+void key_mass(const KeyMassParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void rope(const RopeParams&, Executor&);
@@ -25,6 +26,7 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             cache_append,
                             hadamard,
                             cache_compact,
+                            key_mass,
                             merge_states,
                             merge_states_backward,
                             rope,

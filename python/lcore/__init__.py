@@ -4,7 +4,7 @@ from lcore.cache import PagedCache, PrefixCache, policies
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, merge_states, rope
+from lcore.ops import attention, hadamard, key_mass, merge_states, rope
 
 __all__ = [
     "Generator",
@@ -14,6 +14,7 @@ __all__ = [
     "build_info",
     "explain",
     "hadamard",
+    "key_mass",
     "load_model",
     "merge_states",
     "policies",

@@ -17,6 +17,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "cache_append_": ("cpu",),
     "hadamard": ("cpu",),
     "cache_compact_": ("cpu",),
+    "key_mass": ("cpu",),
+    "key_mass_paged": ("cpu",),
     "merge_states": ("cpu", "cuda"),
     "rope": ("cpu",),
 }

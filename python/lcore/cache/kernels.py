@@ -89,7 +89,7 @@ def attend(
 
     Returns: out (batch, new, heads, head_dim_v) and the log-sum-exp of its scores, float32 (batch, heads, new).
     """
-    out, lse = torch.ops.lcore.attention_paged.default(
+    return torch.ops.lcore.attention_paged.default(
         q,
         pool,
         layer.table,
@@ -106,4 +106,38 @@ def attend(
         alibi_slopes,
         sinks,
     )
-    return out, lse
+
+
+def key_mass(
+    pool: Tensor,
+    layer: Layer,
+    q: Tensor,
+    layout: PageLayout,
+    counts: Tensor | None,
+    window_size: tuple[int, int],
+    softmax_scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    lse: Tensor,
+    reduction: str,
+) -> Tensor:
+    """The attention that each key of a layer receives from q: (batch, kv_heads, tokens of the longest head)."""
+    return torch.ops.lcore.key_mass_paged.default(
+        q,
+        pool,
+        layer.table,
+        layer.lengths,
+        layer.tail_k,
+        layer.tail_v,
+        layout.k.name,
+        layout.v.name,
+        layout.page_size,
+        counts,
+        list(window_size),
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        lse,
+        reduction,
+        int(layer.host_lengths.max()),
+    )

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lcore.cache import kernels, sessions
-from lcore.cache.checks import check_heads, check_int, check_options, check_places, check_states, row_counts
+from lcore.cache import sessions
+from lcore.cache.checks import check_int, check_options, check_states, row_counts
 from lcore.cache.formats import page_layout
 from lcore.cache.policies.base import Policy, check_policy
-from lcore.cache.policies.step import after_attention
-from lcore.cache.policies.view import LayerView
 from lcore.cache.pool import PagePool
+from lcore.cache.reading import LayerReader
 from lcore.cache.sessions import Path, Strings
 from lcore.cache.slots import Slots
-from lcore.cache.space import Space
-from lcore.errors import require
-from lcore.ops.attention import check_scores
 from lcore.ops.hadamard import hadamard
 
 
-class PagedCache(Space):
+class PagedCache(LayerReader):
     """Keys and values of all layers for a batch of sequences, in pages of one pool.
 
     A page holds `page_size` tokens of one kv head: its K codes, then its V codes, each in its format. It is encoded
@@ -107,63 +102,6 @@ class PagedCache(Space):
         if self.rotate:
             k, v = hadamard(k), hadamard(v)
         slots.append("PagedCache.append", layer, k, v, counts)
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        window_size: tuple[int, int] = (-1, -1),
-        softmax_scale: float | None = None,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of the last tokens appended to a layer over all that it holds, causal.
-
-        Formula: `lcore.attention` with causal=True over the keys and values as stored.
-
-        Args:
-            q: (batch, new, heads, head_dim), dtype, any strides; heads is a multiple of num_kv_heads. Row i of n real
-                rows is the token at position held - n + i.
-            lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
-            window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
-
-        With a policy, tokens that exceed its budget are dropped once the output is there: attend once after an append.
-        A layer that is read with a window or slopes keeps all its tokens.
-
-        Returns:
-            (batch, new, heads, head_dim_v), dtype; 0 in padding rows.
-
-        Raises:
-            ValueError: also when a row has more queries than the layer holds tokens, when one of them has been evicted,
-                and for a window or slopes after evictions.
-            MemoryError: the policy needs room for copies of shared pages; all tokens are still there.
-        """
-        name = "PagedCache.attend"
-        slots = self._layer(name, layer)
-        shape = (self.batch_size, "*", "*", self.head_dim)
-        check_states(name, "q", q, self.dtype, shape, "batch, new, heads, head_dim")
-        new, heads = q.shape[1], q.shape[2]
-        rule = f"have heads a positive multiple of num_kv_heads {self.num_kv_heads}"
-        require(heads > 0 and heads % self.num_kv_heads == 0, name, "q", rule, heads)
-        check_scores(name, window_size, softmax_scale, softcap)
-        counts = row_counts(name, lengths, self.batch_size, new)
-        alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, heads)
-        pages, view = slots.snapshot(layer)
-        seen, thinned = slots.seen.numpy()[layer], slots.thinned.numpy()[layer]
-        check_places(name, new, counts, view.host_lengths, seen, thinned, window_size, alibi_slopes)
-        scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
-        q = hadamard(q.detach()) if self.rotate else q.detach()
-        out, lse = kernels.attend(
-            pages, view, q, slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
-        )
-        # The tokens that a window or a slope measures distances to must all stay.
-        if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
-            seen_layer = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate)
-            after_attention(name, self.policy, slots, seen_layer)
-        return hadamard(out, inverse=True) if self.rotate else out
 
     def seen(self, layer: int = 0) -> Tensor:
         """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""

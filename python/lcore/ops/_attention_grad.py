@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
+from lcore.ops.attention_checks import lse_dtype
 
 
 def _results(q: Tensor, head_dim_v: int | torch.SymInt) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty((*q.shape[:-1], head_dim_v))
-    return out, q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype)
+    return out, q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype(q))
 
 
 @torch.library.register_fake("lcore::attention")

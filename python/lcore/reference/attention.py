@@ -56,6 +56,34 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def visible(q: Tensor, k: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(seq_q, seq_k) each: which query sees which key, and by how much a key stands ahead of a query's position."""
+    position = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
+    ahead = torch.arange(k.shape[1], device=q.device) - position
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if window[0] >= 0:
+        seen = seen & (ahead >= -window[0])
+    if window[1] >= 0:
+        seen = seen & (ahead <= window[1])
+    return seen, ahead
+
+
+def masked_scores(
+    q: Tensor, k: Tensor, window: tuple[int, int], scale: float, softcap: float, alibi_slopes: Tensor | None
+) -> Tensor:
+    """(batch, heads, seq_q, seq_k): what goes into the exponential, -inf where the query does not see the key."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    seen, ahead = visible(q, k, window)
+    scores = torch.einsum("bihd,bjhd->bhij", q * scale, k)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(q.dtype).reshape(-1, q.shape[2], 1, 1)
+        scores = scores - slopes * ahead.abs().to(q.dtype)
+    # Chosen, not added: a masked score that is NaN must vanish, and so must its gradient.
+    return torch.where(seen, scores, -math.inf)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -66,26 +94,8 @@ def _attend(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    seq_q, seq_k = q.shape[1], k.shape[1]
-    position = torch.arange(seq_q, device=q.device)[:, None] + seq_k - seq_q
-    ahead = torch.arange(seq_k, device=q.device) - position  # (seq_q, seq_k): key minus query position
-    seen = torch.ones_like(ahead, dtype=torch.bool)
-    if window[0] >= 0:
-        seen = seen & (ahead >= -window[0])
-    if window[1] >= 0:
-        seen = seen & (ahead <= window[1])
-
-    scores = torch.einsum("bihd,bjhd->bhij", q * scale, k)
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(q.dtype).reshape(-1, q.shape[2], 1, 1)
-        scores = scores - slopes * ahead.abs().to(q.dtype)
-    # Chosen, not added: a masked score that is NaN must vanish, and so must its gradient.
-    scores = torch.where(seen, scores, -math.inf)
-
+    scores = masked_scores(q, k, window, scale, softcap, alibi_slopes)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
     top = torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), -math.inf)], dim=-1).amax(dim=-1).detach()
     top = torch.where(top.isneginf(), 0.0, top)
     weights = torch.exp(scores - top[..., None])

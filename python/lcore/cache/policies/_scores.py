@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lcore.cache import kernels
 from lcore.cache.slots import Slots
 
-# Keys decoded at a time, and queries that meet them: 32 heads x 256 x 1024 probabilities are 32 MB.
-_KEYS = 1024
-_QUERIES = 256
+_KEYS = 1024  # decoded at a time
 
 
 def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -61,24 +60,6 @@ def key_mass_of(
 
     Returns: float32 (batch, kv_heads, longest slot), 0 behind a slot's last key.
     """
-    lengths = slots.layers[layer].lengths.long()
-    batch, kv_heads = lengths.shape
-    group = q.shape[2] // kv_heads
-    mass = torch.zeros(batch, kv_heads, int(lengths.max()))
-    grouped_q = q.float().permute(0, 2, 1, 3).unflatten(1, (kv_heads, group))  # (batch, kv_heads, group, new, dim)
-    grouped_lse = lse.unflatten(1, (kv_heads, group))
-    for first, k, _ in key_chunks(slots, layer):
-        tokens = first + torch.arange(k.shape[2])
-        for begin in range(0, q.shape[1], _QUERIES):
-            rows = slice(begin, begin + _QUERIES)
-            # A group's queries as rows of one product: broadcasting over the group would copy the keys.
-            part = grouped_q[..., rows, :]
-            scores = softmax_scale * (part.flatten(2, 3) @ k.mT).unflatten(2, part.shape[2:4])
-            if softcap > 0:
-                scores = softcap * (scores / softcap).tanh()
-            index = begin + torch.arange(scores.shape[3])
-            last = (lengths - counts[:, None])[..., None] + index  # (batch, kv_heads, rows): the last key that is seen
-            visible = (tokens <= last[..., None]) & (index < counts[:, None])[:, None, :, None]
-            weights = (scores - grouped_lse[..., rows, None]).exp()
-            mass[..., first : first + k.shape[2]] += torch.where(visible[:, :, None], weights, 0).sum((2, 3))
-    return mass
+    pages, view = slots.snapshot(layer)
+    scores = ((-1, -1), softmax_scale, softcap, None)
+    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum")

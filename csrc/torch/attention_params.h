@@ -1,0 +1,38 @@
+// The arguments that every op on attention's scores takes, checked and as kernels see them.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torch/library.h"
+
+namespace lcore {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// float64 for float64 inputs, else float32: of lse, of sinks, and of sums over weights.
+torch::headeronly::ScalarType lse_type(const Tensor& q);
+
+// Everything that an op reads from dense or packed q, k, (v,) and its common arguments. The tensors must outlive the
+// result.
+AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, const Tensor* v, bool causal,
+                             const std::vector<int64_t>& window_size, std::optional<double> softmax_scale,
+                             double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k);
+
+// A paged cache's tensors and how its pages are coded, as the schemas of the ops that read it have them.
+struct CacheArguments {
+  const Tensor &pool, &page_table, &kv_lengths, &tail_k, &tail_v;
+  const std::string &k_format, &v_format;
+  int64_t page_size;
+};
+
+// The same for the last tokens of a cache's sequences, always causal. The tensors and `pages`, which is written, must
+// outlive the result.
+AttentionParams paged_params(const char* op, const Tensor& q, const CacheArguments& cache,
+                             const OptionalTensor& lengths, const std::vector<int64_t>& window_size,
+                             double softmax_scale, double softcap, const OptionalTensor& alibi_slopes,
+                             const OptionalTensor& sinks, KvPages& pages);
+
+}  // namespace lcore
