@@ -12,7 +12,7 @@ COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>
 # A second environment that sees the packages of the first, but has an lcore of its own, built with sanitizers.
 SANITIZED       := build/sanitize
 SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py tests/test_cache*.py) \
-                   tests/test_merge_states.py tests/test_rope.py tests/test_isa.py
+                   $(wildcard tests/test_key_mass*.py) tests/test_merge_states.py tests/test_rope.py tests/test_isa.py
 
 .PHONY: demo test test-slow test-abi sanitize build lint format bench bench-cpp clean
 
@@ -66,6 +66,7 @@ format: $(VENV)/.ready
 bench: build
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.key_mass
 
 # The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
 bench-cpp:

@@ -68,6 +68,13 @@ COLUMNS: dict[str, list[Column]] = {
         ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of read peak", _show("of_read_peak", "{:.0%}")),
         ("over enable_gqa", _show("speedup_gqa", "{:.1f}×")), ("over packed heads", _show("speedup_packed", "{:.2f}×")),
     ],
+    "key_mass": [
+        ("dtype", _show("dtype")), ("queries", _show("queries")), ("keys", _show("keys")), ("heads", _heads),
+        ("head_dim", _show("head_dim")), ("ms", _show("ms", "{:.2f}")), ("GFLOP/s", _show("gflops", "{:.0f}")),
+        ("of peak", _show("of_peak", "{:.0%}")), ("of forward", _show("of_forward", "{:.0%}")),
+        ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of read peak", _show("of_read_peak", "{:.0%}")),
+        ("speed-up", _show("speedup", "{:.2f}×")),
+    ],
     "memory": [
         *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),
         ("torch extra MB", _show("torch_extra_mbytes", "{:.1f}")),

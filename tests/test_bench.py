@@ -67,6 +67,15 @@ def test_decode_runs(tmp_path):
     assert prefill["kind"] == "ratio" and prefill["name"].startswith("time, a chunk of 20 at 300 tokens")
 
 
+def test_key_mass_runs(tmp_path):
+    shape = ["--keys", "300", "--head-dim", "32", "--heads", "4", "--kv-heads", "2", "--dtype", "bf16"]
+    content = run("key_mass", tmp_path, *shape, "--queries", "300", "1")
+    for row, pairs in zip(content["rows"], (300 * 301 // 2, 300), strict=True):
+        assert row["gflops"] == pytest.approx(2 * pairs * 4 * 32 / row["ms"] / 1e6)
+        assert row["speedup"] == pytest.approx(row["torch_ms"] / row["ms"])
+        assert row["gbytes_per_s"] == pytest.approx(300 * 2 * 32 * 2 / row["ms"] / 1e6)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 0, 5, 100])
 def test_only_allowed_pairs_count(causal, window):

@@ -19,6 +19,7 @@ CHECKS = """
 import math
 import torch
 from attention_cases import FLOATS, check_backward, check_forward, everything, random_packed, random_qkv
+from test_key_mass import check as check_mass
 from tolerance import assert_close, assert_same_bits
 
 import lcore
@@ -33,6 +34,9 @@ for dtype in FLOATS:
     q, k, v = random_qkv(193, 300, batch=2, heads=6, kv_heads=2, head_dim=24, dtype=dtype)
     check_forward(q, k, v, **everything(6))
     check_backward(q, k, v, **everything(6))
+    for seq_q in (1, 193):
+        for reduction in ("sum", "max"):
+            check_mass(q[:, -seq_q:], k, reduction=reduction, **everything(6))
     q, k, v, offsets = random_packed([70, 0, 30], [90, 3, 10], 2, heads=4, kv_heads=2, dtype=dtype)
     check_forward(q, k, v, **offsets, causal=True)
 

@@ -9,6 +9,7 @@ class Executor;
 struct AttentionParams;
 struct AttentionGradParams;
 struct CacheAppendParams;
+struct KeyMassParams;
 struct MergeParams;
 struct MergeGradParams;
 struct RopeParams;
@@ -21,6 +22,7 @@ struct KernelTable {
   void (*attention_forward)(const AttentionParams&, Executor&);
   void (*attention_backward)(const AttentionGradParams&, Executor&);
   void (*cache_append)(const CacheAppendParams&, Executor&);
+  void (*key_mass)(const KeyMassParams&, Executor&);
   void (*merge_states)(const MergeParams&, Executor&);
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);

@@ -9,6 +9,7 @@ namespace lcore::cpu::LCORE_ISA {
 void attention_forward(const AttentionParams&, Executor&);
 void attention_backward(const AttentionGradParams&, Executor&);
 void cache_append(const CacheAppendParams&, Executor&);
+void key_mass(const KeyMassParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void rope(const RopeParams&, Executor&);
@@ -21,6 +22,7 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             attention_forward,
                             attention_backward,
                             cache_append,
+                            key_mass,
                             merge_states,
                             merge_states_backward,
                             rope,

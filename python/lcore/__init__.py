@@ -4,7 +4,7 @@ from lcore.cache import PagedCache
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, merge_states, rope
+from lcore.ops import attention, key_mass, merge_states, rope
 
 __all__ = [
     "Generator",
@@ -12,6 +12,7 @@ __all__ = [
     "attention",
     "build_info",
     "explain",
+    "key_mass",
     "load_model",
     "merge_states",
     "rope",

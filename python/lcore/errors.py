@@ -15,6 +15,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
+    "key_mass": ("cpu",),
+    "key_mass_paged": ("cpu",),
     "merge_states": ("cpu", "cuda"),
     "rope": ("cpu",),
 }

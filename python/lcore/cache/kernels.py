@@ -1,4 +1,4 @@
-"""The two ops that touch pages, on one layer of a cache."""
+"""The ops that touch pages, on one layer of a cache."""
 
 from __future__ import annotations
 
@@ -56,9 +56,12 @@ def attend(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-) -> Tensor:
-    """Causal attention of q (batch, new, heads, head_dim), the last tokens of each row, over all that a layer holds."""
-    out, _ = torch.ops.lcore.attention_paged.default(
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of q (batch, new, heads, head_dim), the last tokens of each row, over all that a layer holds.
+
+    Returns out (batch, new, heads, head_dim_v) and lse (batch, heads, new).
+    """
+    return torch.ops.lcore.attention_paged.default(
         q,
         pool,
         layer.table,
@@ -75,4 +78,38 @@ def attend(
         alibi_slopes,
         sinks,
     )
-    return out
+
+
+def key_mass(
+    pool: Tensor,
+    layer: Layer,
+    q: Tensor,
+    layout: PageLayout,
+    counts: Tensor | None,
+    window_size: tuple[int, int],
+    softmax_scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    lse: Tensor,
+    reduction: str,
+) -> Tensor:
+    """The attention that each key of a layer receives from q: (batch, kv_heads, tokens of the longest head)."""
+    return torch.ops.lcore.key_mass_paged.default(
+        q,
+        pool,
+        layer.table,
+        layer.lengths,
+        layer.tail_k,
+        layer.tail_v,
+        layout.k.name,
+        layout.v.name,
+        layout.page_size,
+        counts,
+        list(window_size),
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        lse,
+        reduction,
+        int(layer.host_lengths.max()),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from typing import Any, NoReturn
@@ -10,16 +9,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lcore.cache import kernels
-from lcore.cache.checks import MAX_TOKENS, check_heads, check_int, check_options, check_states, row_counts, row_limits
+from lcore.cache.checks import MAX_TOKENS, check_int, check_options, check_states, row_counts, row_limits
 from lcore.cache.formats import page_layout
 from lcore.cache.pool import PagePool
+from lcore.cache.reading import LayerReader
 from lcore.cache.slots import Slots
-from lcore.errors import require
-from lcore.ops.attention_checks import check_scores
 
 
-class PagedCache:
+class PagedCache(LayerReader):
     """Keys and values of all layers for a batch of sequences, in pages of one pool.
 
     A page holds `page_size` tokens of one kv head: its K codes, then its V codes, each in its format. It is encoded
@@ -97,53 +94,6 @@ class PagedCache:
         check_states("PagedCache.append", "v", v, self.dtype, (batch, k.shape[1], heads, self.head_dim_v), names + "_v")
         counts = row_counts("PagedCache.append", lengths, batch, k.shape[1])
         slots.append("PagedCache.append", layer, k.detach(), v.detach(), counts)
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        window_size: tuple[int, int] = (-1, -1),
-        softmax_scale: float | None = None,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of the last tokens appended to a layer over all that it holds, causal.
-
-        Formula: `lcore.attention` with causal=True over the keys and values as stored.
-
-        Args:
-            q: (batch, new, heads, head_dim), dtype, any strides; heads is a multiple of num_kv_heads. Row i of n real
-                rows is the token at position held - n + i.
-            lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
-            window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
-
-        Returns:
-            (batch, new, heads, head_dim_v), dtype; 0 in padding rows.
-
-        Raises:
-            ValueError: also when a row has more queries than the layer holds tokens.
-        """
-        name = "PagedCache.attend"
-        slots = self._layer(name, layer)
-        shape = (self.batch_size, "*", "*", self.head_dim)
-        check_states(name, "q", q, self.dtype, shape, "batch, new, heads, head_dim")
-        new, heads = q.shape[1], q.shape[2]
-        rule = f"have heads a positive multiple of num_kv_heads {self.num_kv_heads}"
-        require(heads > 0 and heads % self.num_kv_heads == 0, name, "q", rule, heads)
-        check_scores(name, window_size, softmax_scale, softcap)
-        counts = row_counts(name, lengths, self.batch_size, new)
-        alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, heads)
-        view = slots.layers[layer]
-        held = view.host_lengths.min(axis=1)
-        fits = (held >= (new if counts is None else counts.numpy())).all()
-        require(fits, name, "q", f"have at most the {held.tolist()} tokens held by each row", q.shape[1])
-        scale = 1 / math.sqrt(self.head_dim) if softmax_scale is None else softmax_scale
-        return kernels.attend(
-            slots.pool.data, view, q.detach(), slots.layout, counts, window_size, scale, softcap, alibi_slopes, sinks
-        )
 
     def seen(self, layer: int = 0) -> Tensor:
         """(batch,) int64: tokens ever appended to a layer in each row, the position of the next one."""
@@ -233,14 +183,3 @@ class PagedCache:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("lcore.PagedCache: a cache cannot be copied or pickled; use fork()")
-
-    def _open(self, function: str) -> Slots:
-        if self._slots is None:
-            raise ValueError(f"lcore.{function}: the cache must be open, got a closed one")
-        return self._slots
-
-    def _layer(self, function: str, layer: int) -> Slots:
-        """The slots, once layer is known to exist."""
-        slots = self._open(function)
-        check_int(function, "layer", layer, 0, self.num_layers - 1)
-        return slots

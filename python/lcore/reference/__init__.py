@@ -1,7 +1,8 @@
 """The formulas of the ops in plain torch: short, differentiable, float64 when the inputs are. Slow, and S x S."""
 
 from lcore.reference.attention import attention
+from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
 from lcore.reference.rope import rope
 
-__all__ = ["attention", "merge_states", "rope"]
+__all__ = ["attention", "key_mass", "merge_states", "rope"]
