@@ -12,6 +12,8 @@ struct CacheAppendParams;
 struct KeyMassParams;
 struct MergeParams;
 struct MergeGradParams;
+struct PageBoundsParams;
+struct PageScoresParams;
 struct RopeParams;
 }  // namespace lcore
 
@@ -25,6 +27,8 @@ struct KernelTable {
   void (*key_mass)(const KeyMassParams&, Executor&);
   void (*merge_states)(const MergeParams&, Executor&);
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
+  void (*page_bounds)(const PageBoundsParams&, Executor&);
+  void (*page_scores)(const PageScoresParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);
   double (*peak_fma)(Executor&, int repeats);  // float32 operations a second
   double (*peak_dot)(Executor&,

@@ -14,6 +14,7 @@ from lcore.cache.slots import Layer, Slots
 from lcore.errors import check_tensor, require
 from lcore.ops.attention_checks import check_scores
 from lcore.ops.key_mass import Reduction, check_reduction
+from lcore.ops.page_bounds import check_bound_type
 
 
 class LayerReader:
@@ -136,6 +137,33 @@ class LayerReader:
         return kernels.key_mass(
             slots.pool.data, view, q.detach(), slots.layout, counts, *scores, lse.detach().contiguous(), reduction
         )
+
+    def page_bounds(
+        self, layer: int, first: int = 0, last: int | None = None, *, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """The least and the greatest value of each key channel in full pages of a layer, for `lcore.page_scores`.
+
+        Formula: `lcore.page_bounds` over the keys as stored. A full page never changes, nor do its bounds: after more
+            tokens only those of the new pages have to be asked for.
+
+        Args:
+            first, last: pages first .. last - 1 of each head; last up to the full pages of the longest head, the
+                default.
+            dtype: of the result, bfloat16, rounded outward, or float32.
+
+        Returns:
+            (batch, kv_heads, last - first, 2, head_dim), dtype; 0 for pages that a head does not have or that are not
+            full.
+        """
+        name = "PagedCache.page_bounds"
+        slots = self._layer(name, layer)
+        view = slots.layers[layer]
+        most = int(view.host_lengths.max()) // slots.layout.page_size
+        last = most if last is None else last
+        check_int(name, "last", last, 0, most)
+        check_int(name, "first", first, 0, last)
+        check_bound_type(name, dtype)
+        return kernels.page_bounds(slots.pool.data, view, slots.layout, first, last, dtype)
 
     def _queries(self, name: str, layer: int, q: Tensor, lengths: Tensor | None) -> tuple[Slots, Layer, Tensor | None]:
         """Checks q, the last tokens of a layer's rows; the layer, and the real rows of q."""

@@ -4,6 +4,7 @@ from lcore.ops import _attention_grad  # noqa: F401  (registers fakes and autogr
 from lcore.ops.attention import attention
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
+from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
 
-__all__ = ["attention", "key_mass", "merge_states", "rope"]
+__all__ = ["attention", "key_mass", "merge_states", "page_bounds", "page_scores", "rope"]
