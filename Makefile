@@ -12,7 +12,8 @@ COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>
 # A second environment that sees the packages of the first, but has an lcore of its own, built with sanitizers.
 SANITIZED       := build/sanitize
 SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py tests/test_cache*.py) \
-                   $(wildcard tests/test_key_mass*.py) tests/test_merge_states.py tests/test_rope.py tests/test_isa.py
+                   $(wildcard tests/test_key_mass*.py tests/test_page_*.py tests/test_policies*.py tests/test_trim.py) \
+                   tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
 
 .PHONY: demo test test-slow test-abi sanitize build lint format bench bench-cpp clean
 
@@ -67,6 +68,7 @@ bench: build
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.key_mass
+	$(BIN)/python -m bench.page_bounds
 
 # The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
 bench-cpp:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,9 @@ def tensors(geometry: Geometry, kv_format: str, tokens: int, new: int) -> tuple[
     return normal(new, geometry.heads), normal(tokens, geometry.kv_heads), normal(tokens, geometry.kv_heads)
 
 
-def filled_cache(geometry: Geometry, kv_format: str, k: Tensor, v: Tensor) -> lcore.PagedCache:
-    cache = lcore.PagedCache(1, geometry.kv_heads, geometry.head_dim, dtype=k.dtype, kv_format=kv_format)
+def filled_cache(geometry: Geometry, kv_format: str, k: Tensor, v: Tensor, page_size: int = 64) -> lcore.PagedCache:
+    options: dict[str, Any] = {"dtype": k.dtype, "kv_format": kv_format, "page_size": page_size}
+    cache = lcore.PagedCache(1, geometry.kv_heads, geometry.head_dim, **options)
     cache.reserve(k.shape[1])
     for part_k, part_v in zip(k.split(FILL_CHUNK, 1), v.split(FILL_CHUNK, 1), strict=True):
         cache.append(0, part_k, part_v)

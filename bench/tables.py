@@ -95,6 +95,13 @@ COLUMNS: dict[str, list[Column]] = {
         ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of read peak", _show("of_read_peak", "{:.0%}")),
         ("speed-up", _show("speedup", "{:.2f}×")),
     ],
+    "page_bounds": [
+        ("op", _show("op")), ("format", _show("kv_format")), ("tokens", _show("tokens")),
+        ("page", _show("page_size")), ("heads", _heads), ("head_dim", _show("head_dim")),
+        ("ms", _show("ms", "{:.3f}")), ("GB/s", _show("gbytes_per_s", "{:.1f}")),
+        ("of read peak", _show("of_read_peak", "{:.0%}")), ("of dense", _show("of_dense", "{:.1%}")),
+        ("speed-up", _show("speedup", "{:.2f}×")),
+    ],
     "memory": [
         *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),
         ("torch extra MB", _show("torch_extra_mbytes", "{:.1f}")),

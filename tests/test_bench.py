@@ -76,6 +76,14 @@ def test_key_mass_runs(tmp_path):
         assert row["gbytes_per_s"] == pytest.approx(300 * 2 * 32 * 2 / row["ms"] / 1e6)
 
 
+def test_page_bounds_runs(tmp_path):
+    shape = ["--tokens", "320", "--head-dim", "32", "--heads", "4", "--kv-heads", "2", "--page-size", "16"]
+    bounds, scores = run("page_bounds", tmp_path, *shape)["rows"]
+    for row, values in ((bounds, 320), (scores, 2 * 20)):
+        assert row["gbytes_per_s"] == pytest.approx(values * 2 * 32 * 2 / row["ms"] / 1e6)
+        assert row["of_dense"] == pytest.approx(row["ms"] / row["dense_ms"])
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 0, 5, 100])
 def test_only_allowed_pairs_count(causal, window):

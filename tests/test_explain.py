@@ -5,7 +5,7 @@ import torch
 
 import lcore
 
-OPS = ("attention", "key_mass", "merge_states", "rope")
+OPS = ("attention", "hadamard", "key_mass", "merge_states", "page_scores", "rope")
 
 
 def test_build_info_names_version_isa_and_ops():

@@ -20,6 +20,8 @@ import math
 import torch
 from attention_cases import FLOATS, check_backward, check_forward, everything, random_packed, random_qkv
 from test_key_mass import check as check_mass
+from test_page_scores import check as check_scores
+from test_page_scores import test_no_score_of_the_page_is_above_its_bound as check_upward
 from tolerance import assert_close, assert_same_bits
 
 import lcore
@@ -37,6 +39,9 @@ for dtype in FLOATS:
     for seq_q in (1, 193):
         for reduction in ("sum", "max"):
             check_mass(q[:, -seq_q:], k, reduction=reduction, **everything(6))
+    if dtype != torch.float64:
+        check_scores(q[:, -2:], lcore.page_bounds(k, 16))
+        check_scores(q[:, -2:], lcore.page_bounds(k, 7, dtype=torch.float32), softmax_scale=-0.7)
     q, k, v, offsets = random_packed([70, 0, 30], [90, 3, 10], 2, heads=4, kv_heads=2, dtype=dtype)
     check_forward(q, k, v, **offsets, causal=True)
 
@@ -60,6 +65,7 @@ for row in range(70):
     seen = 4200 - 70 + row + 1
     alone = lcore.attention(q[:, row : row + 1], k[:, :seen], v[:, :seen], causal=True)
     assert_same_bits(alone, whole[:, row : row + 1], f"row {row}")
+check_upward(True, 0.1)
 """
 
 

@@ -14,6 +14,8 @@ struct CacheCompactParams;
 struct KeyMassParams;
 struct MergeParams;
 struct MergeGradParams;
+struct PageBoundsParams;
+struct PageScoresParams;
 struct RopeParams;
 }  // namespace lcore
 
@@ -29,6 +31,8 @@ struct KernelTable {
   void (*key_mass)(const KeyMassParams&, Executor&);
   void (*merge_states)(const MergeParams&, Executor&);
   void (*merge_states_backward)(const MergeGradParams&, Executor&);
+  void (*page_bounds)(const PageBoundsParams&, Executor&);
+  void (*page_scores)(const PageScoresParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);
   double (*peak_fma)(Executor&, int repeats);  // float32 operations a second
   double (*peak_dot)(Executor&,

@@ -14,6 +14,8 @@ void cache_compact(const CacheCompactParams&, Executor&);
 void key_mass(const KeyMassParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
+void page_bounds(const PageBoundsParams&, Executor&);
+void page_scores(const PageScoresParams&, Executor&);
 void rope(const RopeParams&, Executor&);
 double peak_fma(Executor&, int);
 double peak_dot(Executor&, int);
@@ -29,6 +31,8 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             key_mass,
                             merge_states,
                             merge_states_backward,
+                            page_bounds,
+                            page_scores,
                             rope,
                             peak_fma,
                             peak_dot,

@@ -4,7 +4,7 @@ from lcore.cache import PagedCache, PrefixCache, policies
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, key_mass, merge_states, rope
+from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope
 
 __all__ = [
     "Generator",
@@ -17,6 +17,8 @@ __all__ = [
     "key_mass",
     "load_model",
     "merge_states",
+    "page_bounds",
+    "page_scores",
     "policies",
     "rope",
 ]

@@ -20,6 +20,9 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "key_mass": ("cpu",),
     "key_mass_paged": ("cpu",),
     "merge_states": ("cpu", "cuda"),
+    "page_bounds": ("cpu",),
+    "page_bounds_paged": ("cpu",),
+    "page_scores": ("cpu",),
     "rope": ("cpu",),
 }
 

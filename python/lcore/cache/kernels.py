@@ -8,6 +8,7 @@ from torch import Tensor
 from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
 from lcore.cache.formats import PageLayout
 from lcore.cache.layer import Layer
+from lcore.errors import dtype_name
 
 
 def append_(pool: Tensor, layer: Layer, k: Tensor, v: Tensor, layout: PageLayout, counts: Tensor | None) -> None:
@@ -140,4 +141,21 @@ def key_mass(
         lse,
         reduction,
         int(layer.host_lengths.max()),
+    )
+
+
+def page_bounds(pool: Tensor, layer: Layer, layout: PageLayout, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Least and greatest key channels of pages first .. last - 1: (batch, kv_heads, last - first, 2, head_dim)."""
+    return torch.ops.lcore.page_bounds_paged.default(
+        pool,
+        layer.table,
+        layer.lengths,
+        layer.tail_k,
+        layer.tail_v,
+        layout.k.name,
+        layout.v.name,
+        layout.page_size,
+        first,
+        last,
+        dtype_name(dtype),
     )

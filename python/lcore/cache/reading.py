@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcore.cache import kernels
-from lcore.cache.checks import CPU, check_heads, check_places, check_states, row_counts
+from lcore.cache.checks import CPU, check_heads, check_int, check_places, check_states, row_counts
 from lcore.cache.layer import Layer
 from lcore.cache.policies.base import Policy
 from lcore.cache.policies.step import after_attention
@@ -20,6 +20,7 @@ from lcore.errors import check_tensor, require
 from lcore.ops.attention_checks import check_scores
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import Reduction, check_reduction
+from lcore.ops.page_bounds import check_bound_type
 
 
 class LayerReader(Space):
@@ -155,6 +156,34 @@ class LayerReader(Space):
         return kernels.key_mass(
             pages, view, rotated, slots.layout, counts, *scores, lse.detach().contiguous(), reduction
         )
+
+    def page_bounds(
+        self, layer: int, first: int = 0, last: int | None = None, *, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """The least and the greatest value of each key channel in full pages of a layer, for `lcore.page_scores`.
+
+        Formula: `lcore.page_bounds` over the keys as stored: rotated where the cache rotates, and so must be the
+            queries. A full page never changes, nor do its bounds: after more tokens only those of the new pages have
+            to be asked for.
+
+        Args:
+            first, last: pages first .. last - 1 of each head; last up to the full pages of the longest head, the
+                default.
+            dtype: of the result, bfloat16, rounded outward, or float32.
+
+        Returns:
+            (batch, kv_heads, last - first, 2, head_dim), dtype; 0 for pages that a head does not have or that are not
+            full.
+        """
+        name = "PagedCache.page_bounds"
+        slots = self._layer(name, layer)
+        pages, view = slots.snapshot(layer)
+        most = int(view.host_lengths.max()) // slots.layout.page_size
+        last = most if last is None else last
+        check_int(name, "last", last, 0, most)
+        check_int(name, "first", first, 0, last)
+        check_bound_type(name, dtype)
+        return kernels.page_bounds(pages, view, slots.layout, first, last, dtype)
 
     def _queries(self, name: str, layer: int, q: Tensor, lengths: Tensor | None) -> tuple[Slots, Tensor | None]:
         """Checks q, the last tokens of a layer's rows; the slots, and the real rows of q."""

@@ -5,6 +5,7 @@ from lcore.ops.attention import attention
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
+from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "rope"]
+__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope"]

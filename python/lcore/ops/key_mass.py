@@ -65,7 +65,7 @@ def key_mass(
         it: a NaN counts only where it is seen. Adds in float32 within a tile of rows and in float64 beyond. The bits do
         not depend on the batch or on the number of threads.
 
-    Source: Zhang et al. 2023, H2O, arXiv:2306.14048, section 4 (sum over all queries); Li et al. 2024, SnapKV,
+    Source: Zhang et al. 2023, H2O, arXiv:2306.14048 (sum over all queries); Li et al. 2024, SnapKV,
         arXiv:2404.14469 (a window of queries); Oren et al. 2024, TOVA, arXiv:2401.06104 (the last one); Kim et al.
         2025, KVzip, arXiv:2505.23416 (maximum).
     """

@@ -4,6 +4,7 @@ from lcore.reference.attention import attention
 from lcore.reference.hadamard import hadamard
 from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
+from lcore.reference.page_bounds import page_bounds, page_scores
 from lcore.reference.rope import rope
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "rope"]
+__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope"]
