@@ -150,3 +150,35 @@ def test_crop_into_a_coded_page_is_refused():
     ):
         cache.crop(40)
     assert_same_bits(cache.attend(0, q), before.attend(0, q))
+
+
+@pytest.mark.parametrize("kv_format", ["int4", "fp8"])
+def test_coded_pages_are_evicted_whole(kv_format):
+    cache, _ = pair([70], page_size=16, kv_format=kv_format)
+    keep = torch.ones(1, 2, 70, dtype=torch.bool)
+    keep[0, 0, 5] = False
+    with pytest.raises(ValueError, match="keep must keep or drop whole pages of 16 tokens"):
+        cache.evict(0, keep)
+    keep[0, 0, :16] = False
+    cache.evict(0, keep)
+    assert cache.lengths(0).tolist() == [[54, 70]] and cache.seen(0).tolist() == [70]
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "int2", "fp8"])
+def test_policies_drop_coded_pages(kv_format):
+    """H2O over coded keys: the pages that stay are those of the largest mass, and memory falls by the others."""
+    cache = lcore.PagedCache(
+        1, 2, 64, dtype=torch.float32, page_size=16, kv_format=kv_format, policy=lcore.policies.H2O(64)
+    )
+    k, v = random_kv(1, 400, 2, 64)
+    q = torch.randn(1, 400, 4, 64)
+    cache.append(0, k, v)
+    cache.attend(0, q)
+    held = cache.lengths(0)
+    assert bool((held <= 64).all()) and bool((held >= 48).all()) and cache.seen(0).tolist() == [400]
+    before = cache.stats()["pool_bytes"]
+    cache.trim()
+    assert cache.stats()["pool_bytes"] == cache.stats()["pages"] * cache.stats()["page_bytes"] < before / 4
+    k, v = random_kv(1, 40, 2, 64)
+    cache.append(0, k, v)
+    assert cache.attend(0, q[:, :40]).isfinite().all()

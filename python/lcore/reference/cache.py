@@ -148,7 +148,7 @@ class PagedCache:
         self.positions[layer][b][h] = self.positions[layer][b][h][mask]
         for side, values in enumerate(head):
             kept = values[mask]
-            fresh = kept.to(self.dtype).to(self.formats[side]).double()
+            fresh = through_page(kept.to(self.dtype), self.formats[side], side == 1)
             kept = torch.where((in_page & ~coded)[:, None], fresh, kept)
             # The page format may have rounded beyond the largest number of the cache's dtype.
             bounded = torch.where(kept.isinf(), kept, kept.clamp(-limit, limit))
