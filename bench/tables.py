@@ -106,6 +106,13 @@ COLUMNS: dict[str, list[Column]] = {
         *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),
         ("torch extra MB", _show("torch_extra_mbytes", "{:.1f}")),
     ],
+    "speculation": [
+        ("text", _show("text")), ("drafts", _show("method")), ("layers", _show("layers")), ("hidden", _show("hidden")),
+        ("dtype", _show("dtype")), ("prompt", _show("tokens")), ("written", _show("new_tokens")),
+        ("plain tokens/s", _show("plain_tokens_per_s", "{:.1f}")), ("tokens/s", _show("tokens_per_s", "{:.1f}")),
+        ("speed-up", _show("speedup", "{:.2f}×")), ("drafted", _show("drafted", "{:.0f}")),
+        ("accepted", _show("acceptance", "{:.0%}")), ("tokens a step", _show("tokens_per_step", "{:.2f}")),
+    ],
     "ratio": [
         ("what", _show("name")), ("dtype", _show("dtype")), ("head_dim", _show("head_dim")),
         ("ratio", _show("ratio", "{:.2f}")), ("ideal", _show("ideal", "{:.2f}")),

@@ -41,13 +41,16 @@ def digest(history: list[int]) -> int:
 
 
 class HistoryCache:
-    page_size = num_kv_heads = head_dim = head_dim_v = 1
+    """Refuses to cut a full page open, which costs a real cache its exact values, unless a step was interrupted."""
+
+    num_kv_heads = head_dim = head_dim_v = 1
     kv_format = "fp32"
     policy = None
 
-    def __init__(self, batch_size: int, num_layers: int = 3) -> None:
+    def __init__(self, batch_size: int, num_layers: int = 3, page_size: int = 1) -> None:
         self.batch_size = batch_size
         self.num_layers = num_layers
+        self.page_size = page_size
         self.layers: list[list[list[int]]] = [[[] for _ in range(batch_size)] for _ in range(num_layers)]
 
     def seen(self, layer: int = 0) -> torch.Tensor:
@@ -58,10 +61,12 @@ class HistoryCache:
             row.extend(ids[:count])
 
     def attend(self, layer: int, q: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, new): for each row that has queries the hash of its history, elsewhere 0."""
+        """(batch, new): for each query of a row the hash of its history, elsewhere 0."""
         out = torch.zeros_like(q)
         for row, count in enumerate(self._counts(q, lengths)):
-            out[row, :count] = digest(self.layers[layer][row])
+            history = self.layers[layer][row]
+            for i in range(count):
+                out[row, i] = digest(history[: len(history) - count + 1 + i])
         return out
 
     @staticmethod
@@ -70,12 +75,14 @@ class HistoryCache:
 
     def crop(self, lengths: int | torch.Tensor) -> None:
         limits = torch.as_tensor(lengths).expand(self.batch_size).tolist()
+        whole = self.layers[0] == self.layers[-1]
         for layer in self.layers:
             for row, limit in zip(layer, limits, strict=True):
+                assert not whole or limit >= len(row) // self.page_size * self.page_size, "a full page is cut open"
                 del row[limit:]
 
     def fork(self) -> HistoryCache:
-        other = HistoryCache(self.batch_size, self.num_layers)
+        other = HistoryCache(self.batch_size, self.num_layers, self.page_size)
         other.layers = [[list(row) for row in layer] for layer in self.layers]
         return other
 
@@ -96,7 +103,9 @@ class HistoryModel:
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, script: dict[int, int] | None = None, eos: tuple[int, ...] = (), limit: int = 0) -> None:
+    def __init__(
+        self, script: dict[int, int] | None = None, eos: tuple[int, ...] = (), limit: int = 0, page_size: int = 1
+    ) -> None:
         self.config = SimpleNamespace(
             vocab_size=VOCAB,
             eos_token_ids=eos,
@@ -110,14 +119,14 @@ class HistoryModel:
         )
         self.tokenizer: ByteTokenizer | None = ByteTokenizer()
         self.script = script or {}
+        self.page_size = page_size
         self.steps: list[list[int]] = []  # real tokens of each row, step by step
         self.interrupt_at: tuple[int, int] | None = None  # (step, layer) that raises KeyboardInterrupt
 
     def new_cache(self, batch_size: int = 1, kv_format: str | None = None, policy: None = None) -> HistoryCache:
-        return HistoryCache(batch_size)
+        return HistoryCache(batch_size, page_size=self.page_size)
 
     def __call__(self, tokens, cache, *, last_only, lengths=None):
-        assert last_only
         assert not torch.is_grad_enabled()
         counts = [tokens.shape[1]] * tokens.shape[0] if lengths is None else lengths.tolist()
         assert max(counts) == tokens.shape[1] and min(counts) > 0
@@ -128,13 +137,19 @@ class HistoryModel:
             self._append(cache, layer, tokens, lengths)
         self.steps.append(counts)
         digests = self._digests(cache, layer, tokens, lengths)
-        return torch.stack([self._logits(*pair) for pair in zip(digests, cache.seen().tolist(), strict=True)])[:, None]
+        logits = torch.full((*tokens.shape, VOCAB), float("nan"))  # of padding they must not be read
+        for row, (seen, count) in enumerate(zip(cache.seen().tolist(), counts, strict=True)):
+            for i in range(count - 1 if last_only else 0, count):
+                logits[row, i] = self._logits(digests[row][i], seen - count + 1 + i)
+        last = torch.tensor(counts) - 1
+        return logits[torch.arange(len(counts)), last][:, None] if last_only else logits
 
     def _append(self, cache, layer, tokens, lengths):
         cache.append(layer, tokens, tokens, lengths=lengths)
 
-    def _digests(self, cache, layer, tokens, lengths) -> list[int]:
-        return cache.attend(layer, tokens, lengths=lengths)[:, 0].tolist()
+    def _digests(self, cache, layer, tokens, lengths) -> list[list[int]]:
+        """Of each row, for each of its tokens, the hash of the history up to it."""
+        return cache.attend(layer, tokens, lengths=lengths).tolist()
 
     def _logits(self, seed: int, position: int) -> torch.Tensor:
         if position in self.script:
@@ -147,7 +162,7 @@ class PagedHistoryModel(HistoryModel):
 
     page_size = 8
 
-    def new_cache(self, batch_size: int = 1, kv_format: str | None = None) -> lcore.PagedCache:
+    def new_cache(self, batch_size: int = 1, kv_format: str | None = None, policy: None = None) -> lcore.PagedCache:
         shape = (self.config.num_layers, 1, 1)
         return lcore.PagedCache(
             *shape, batch_size=batch_size, dtype=torch.float32, kv_format="fp32", page_size=self.page_size
@@ -162,12 +177,16 @@ class PagedHistoryModel(HistoryModel):
         states = tokens[..., None, None].float()
         cache.append(layer, states, states, lengths=lengths)
 
-    def _digests(self, cache, layer, tokens, lengths) -> list[int]:
+    def _digests(self, cache, layer, tokens, lengths) -> list[list[int]]:
         whole, rows = (
             (cache._cache, cache._index) if isinstance(cache, ActiveRows) else (cache, range(cache.batch_size))
         )
         histories = stored_tokens(whole, layer)
-        return [digest(histories[row]) for row in rows]
+        counts = HistoryCache._counts(tokens, lengths)
+        return [
+            [digest(histories[row][: len(histories[row]) - count + 1 + i]) for i in range(count)]
+            for row, count in zip(rows, counts, strict=True)
+        ]
 
 
 def stored_tokens(cache: lcore.PagedCache, layer: int) -> list[list[int]]:

@@ -84,6 +84,20 @@ def test_page_bounds_runs(tmp_path):
         assert row["of_dense"] == pytest.approx(row["ms"] / row["dense_ms"])
 
 
+def test_speculation_runs(tmp_path):
+    shape = ["--layers", "1", "--hidden", "64", "--tokens", "400", "--long-tokens", "150", "--window", "32"]
+    content = run("speculation", tmp_path, *shape, "--new-tokens", "20", "--texts", "phrases", "code", "--threads", "1")
+    rows = content["rows"]
+    assert [(row["method"], row["text"]) for row in rows] == [
+        (method, text) for method in ("ngram", "self") for text in ("phrases", "code")
+    ]
+    assert [(row["tokens"], row["layers"]) for row in rows] == [(400, 1), (400, 3), (150, 1), (150, 3)]
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["tokens_per_s"] / row["plain_tokens_per_s"])
+        assert row["acceptance"] is None or row["acceptance"] == pytest.approx(row["accepted"] / row["drafted"])
+    assert rows[0]["accepted"] > 0
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 0, 5, 100])
 def test_only_allowed_pairs_count(causal, window):

@@ -1,6 +1,7 @@
 """The command line: what it prints where, and how it fails."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import lcore
 from lcore.cli import app, main
+from lcore.evaluation.needle import BUNDLED_MODEL
 from lcore.generation import Generator
 
 
@@ -93,6 +95,17 @@ def test_generate_in_another_dtype(run, folder):
     result = run("generate", "-m", folder, "-p", "abc", "-n", 8, "--dtype", "bfloat16")
     model = lcore.load_model(folder, dtype=torch.bfloat16)
     assert result.stdout == Generator(model).generate("abc", max_new_tokens=8).text + "\n"
+
+
+def test_generate_says_how_many_drafts_were_accepted(run):
+    arguments = ["generate", "-m", BUNDLED_MODEL, "-p", "import os\n" * 5, "-n", 30]
+    plain, drafting = run(*arguments), run(*arguments, "--speculate", "ngram")
+    assert drafting.stdout == plain.stdout
+    assert "drafted" not in plain.stderr
+    accepted, drafted = map(int, re.search(r", (\d+) of (\d+) drafted tokens accepted, ", drafting.stderr).groups())
+    assert 0 < accepted <= drafted < 60
+    short = run(*arguments, "--speculate", "self")  # too short a context for this to draft
+    assert (short.exit_code, short.stdout) == (0, plain.stdout)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,26 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "runtime/ngram_index.h"
 #include "runtime/page_allocator.h"
 #include "runtime/prefix_index.h"
 
 namespace nb = nanobind;
+using lcore::runtime::NgramIndex;
 using lcore::runtime::OutOfPages;
 using lcore::runtime::PageAllocator;
 using lcore::runtime::PrefixIndex;
 using lcore::runtime::Rows;
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using NewIds = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
 using NewMatrix = nb::ndarray<nb::numpy, int32_t, nb::ndim<2>>;
 
@@ -113,4 +117,19 @@ NB_MODULE(_runtime, m) {
       .def_prop_ro("hits", [](const PrefixIndex& self) { return self.stats().hits; })
       .def_prop_ro("misses", [](const PrefixIndex& self) { return self.stats().misses; })
       .def_prop_ro("evictions", [](const PrefixIndex& self) { return self.stats().evictions; });
+  nb::class_<NgramIndex>(m, "NgramIndex", "Where the last tokens of a sequence have occurred before in it.")
+      .def(nb::init<int64_t, int64_t>(), nb::arg("n_min"), nb::arg("n_max"))
+      .def(
+          "extend", [](NgramIndex& self, const Tokens& tokens) { self.extend({tokens.data(), tokens.shape(0)}); },
+          nb::arg("tokens").noconvert(), "Adds int64 tokens at the end.")
+      .def("truncate", &NgramIndex::truncate, nb::arg("size"), "Keeps the first tokens, as if no more had come.")
+      .def(
+          "match",
+          [](const NgramIndex& self) {
+            const NgramIndex::Match found = self.match();
+            return nb::make_tuple(found.length, found.end);
+          },
+          "(n, position where it ends) of the latest earlier n-gram equal to the last n tokens; (0, -1) without one.")
+      .def("propose", &NgramIndex::propose, nb::arg("count"), "The tokens that followed the match; [] without one.")
+      .def("__len__", &NgramIndex::size);
 }

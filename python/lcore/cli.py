@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
@@ -99,6 +99,10 @@ def generate(
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With or without the chat template; default: if there is one.")
     ] = None,
+    speculate: Annotated[
+        Literal["ngram", "self", "none"],
+        typer.Option(help="Draft tokens from the text, or by the model over its last tokens; the text is the same."),
+    ] = "none",
     threads: Threads = None,
 ) -> None:
     """Read a prompt and write the model's continuation: text on stdout, counts and rates on stderr."""
@@ -112,8 +116,14 @@ def generate(
         if decoder.tokenizer is None:
             raise ValueError(f"lcore generate: --model must hold a tokenizer.json, got {model}")
         use_chat = decoder.tokenizer.chat_template is not None if chat is None else chat
-        keep = None if policy is None else parse_policy(policy)
-        generator = Generator(decoder, parse_formats(kv_format), prefill_chunk, keep, context=room)
+        generator = Generator(
+            decoder,
+            parse_formats(kv_format),
+            prefill_chunk,
+            None if policy is None else parse_policy(policy),
+            context=room,
+            speculate=None if speculate == "none" else speculate,
+        )
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,
             max_new_tokens,
@@ -239,8 +249,9 @@ def describe(stats: Stats) -> str:
     """Counts and rates in one line."""
     kept = f"kept {stats.reused_tokens:,} tokens, " if stats.reused_tokens else ""
     read = stats.prompt_tokens - stats.reused_tokens
+    drafts = f"{stats.accepted:,} of {stats.drafted:,} drafted tokens accepted, " if stats.drafted else ""
     return (
         f"read {read:,} tokens in {stats.prefill_seconds:.1f} s ({stats.prefill_rate:,.1f} tokens/s), "
         f"{kept}wrote {stats.new_tokens:,} in {stats.decode_seconds:.1f} s ({stats.decode_rate:,.1f} tokens/s), "
-        f"cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
+        f"{drafts}cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
     )

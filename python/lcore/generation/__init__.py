@@ -2,17 +2,24 @@
 
 from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
 from lcore.generation.generator import Completion, Generator
+from lcore.generation.ngram import Ngram
 from lcore.generation.progress import show_prefill
 from lcore.generation.sampling import Sampling
+from lcore.generation.self_speculation import SelfSpeculation
+from lcore.generation.speculation import Drafter, Speculate
 
 __all__ = [
     "Completion",
     "Done",
+    "Drafter",
     "Event",
     "Generator",
+    "Ngram",
     "Prefill",
     "Reason",
     "Sampling",
+    "SelfSpeculation",
+    "Speculate",
     "Stats",
     "Token",
     "show_prefill",

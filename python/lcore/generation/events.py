@@ -44,7 +44,8 @@ class Stats:
     Seconds are those of the generator's own steps, which the rows of a batch share, without what the caller does
     between events. cache_bytes is what the whole cache holds, with the pool that it shares; peak_bytes the process's
     largest resident set so far. reused_tokens of the prompt were not read: they were in the session file, or their
-    pages in the index of prefixes.
+    pages in the index of prefixes. drafted counts tokens that speculation proposed, accepted those of them that became
+    part of the text.
     """
 
     prompt_tokens: int
@@ -54,6 +55,8 @@ class Stats:
     cache_bytes: int
     peak_bytes: int
     reused_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def prefill_rate(self) -> float:

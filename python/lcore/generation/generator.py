@@ -24,6 +24,7 @@ from lcore.generation.prompts import Prompt, encode_prompts, is_batch
 from lcore.generation.resume import Session
 from lcore.generation.reuse import Reuse
 from lcore.generation.sampling import Sampling, check_int
+from lcore.generation.speculation import Speculate, Speculation, speculation_of
 from lcore.generation.text import CONTEXT, TextStream
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class Generator:
                     a PrefixCache to share with other generators, or to bound. The text is what it is without, bit by
                     bit. Pages are kept in memory that the caches before took, the last used ones: `prefixes` tells.
                     Not with a policy, which takes pages away, nor with a session file.
+    speculate:      drafts several tokens for one step of the model: "ngram" from the text itself, "self" from the model
+                    over the last tokens of its cache, or their settings, `lcore.generation.Ngram(...)` and
+                    `SelfSpeculation(...)`. Texts are what they are without, greedy and sampled; None drafts nothing.
+                    Not with a policy, which may drop what a refused draft must give back.
 
     After a call `cache` is the PagedCache that it filled: `stream(..., cache=generator.cache.fork())` continues it.
 
@@ -69,6 +74,7 @@ class Generator:
         policy: Policy | None = None,
         context: int | Literal["auto"] | None = None,
         prefix_reuse: bool | PrefixCache = True,
+        speculate: str | Speculate | None = None,
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
@@ -81,6 +87,9 @@ class Generator:
         self.kv_format, self.policy = kv_format, policy
         self.context = context
         self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
+        self.speculate = speculation_of(speculate)
+        rule = "be None with a policy, which may drop what a refused draft must give back"
+        require(self.speculate is None or policy is None, "Generator", "speculate", rule, repr(speculate))
         self._warned = False
         if context is not None and context != "auto":
             check_int("context", context, at_least=1)
@@ -116,10 +125,11 @@ class Generator:
                          its tokens. It is made when it is not there. No other stream can use it meanwhile.
 
         Everything is checked in this call, before any work. After a row's `Done` the cache holds its prompt and all its
-        tokens; a stream that is closed earlier may not have fed its last token (`cache.seen()` tells). When the work is
-        interrupted, by Ctrl-C or an error, the cache is cut back to the tokens that went through the whole model, so
-        that it can be continued, and the exception goes on. Where a policy has already dropped tokens of the chunk
-        that was being read, there is no way back: the cache is closed.
+        tokens; a stream that is closed earlier may not have fed its last token (`cache.seen()` tells). A stream that
+        speculates must have ended or been closed before its cache is used. When the work is interrupted, by Ctrl-C or
+        an error, the cache is cut back to the tokens that went through the whole model, so that it can be continued,
+        and the exception goes on. Where a policy has already dropped tokens of the chunk that was being read, there is
+        no way back: the cache is closed.
 
         Raises: ValueError (empty prompt, id outside the vocabulary, value out of range); TypeError; MemoryError with
         the bytes needed, the bytes free and the context that would fit. Warns once when the context is longer than the
@@ -177,6 +187,7 @@ class Generator:
             eos_ids=frozenset(ends),
             stop_ids=frozenset(stop_ids),
             keep=None if reuse is None else reuse.keep,
+            speculation=self._speculation(cache, sampling),
         ).run()
         return events if saved is None else saved.record(events)
 
@@ -229,11 +240,18 @@ class Generator:
             planner = model_planner(model, rows, self.prefill_chunk)
             new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
         chunk = min(self.prefill_chunk, max(new_tokens))
-        workspace = workspace_bytes(config, chunk, rows, model.dtype.itemsize)
+        logits = 1 if self.speculate is None else 1 + self.speculate.most
+        workspace = workspace_bytes(config, chunk, rows, model.dtype.itemsize, logits)
         make_free = None
         if self.prefixes is not None and isinstance(cache, PagedCache):
             make_free = partial(self.prefixes.make_free, cache)
         reserve(cache, new_tokens, workspace, free_bytes(model.device), chunk, make_free)
+
+    def _speculation(self, cache: PagedCache, sampling: Sampling) -> Speculation | None:
+        if self.speculate is None:
+            return None
+        drafter = self.speculate.begin(self.model, cache, sampling)
+        return Speculation(drafter, self.speculate.most, cache.batch_size, cache.page_size)
 
     def _warn_beyond_training(self, length: int) -> None:
         limit = self.model.config.max_position_embeddings

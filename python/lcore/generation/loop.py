@@ -1,4 +1,4 @@
-"""One run of the generation loop over one cache: prompts in chunks, then one token a row and step."""
+"""One run of the generation loop over one cache: prompts in chunks, then a token and its drafts a row and step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lcore.generation.text import TextStream
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
+    from lcore.generation.speculation import Speculation
     from lcore.models import Decoder
 
 
@@ -27,12 +28,17 @@ class Row:
 
     index: int
     prompt: torch.Tensor  # (tokens,) int64
-    position: int  # of the next token that the cache will hold
+    position: int  # of the next token that is not certain, or not in the cache
     text: TextStream
+    known: int = 0  # tokens of the cache that the caller knows of: not those of tokens that have not been yielded yet
     read: int = 0  # tokens of the prompt that the cache holds
     reused: int = 0  # those of them that it held from the start
     written: list[int] = field(default_factory=list)  # tokens generated
-    logits: torch.Tensor | None = None  # (vocab,) float32, of the token at `position`
+    logits: torch.Tensor | None = None  # (1 + drafts, vocab) float32, of the tokens from `position` on
+    drafts: list[int] = field(default_factory=list)  # in the cache, from `position` on, and not judged yet
+    next: int | None = None  # the token at `position`, when it is certain
+    drafted: int = 0
+    accepted: int = 0
     reason: Reason | None = None
 
     @property
@@ -55,6 +61,7 @@ class Loop:
         eos_ids: frozenset[int],
         stop_ids: frozenset[int],
         keep: Callable[[Row], None] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -65,12 +72,19 @@ class Loop:
         self._eos_ids = eos_ids
         self._stop_ids = stop_ids
         self._keep = keep or (lambda row: None)  # called when a row has read its prompt, and when it has ended
+        self._speculation = speculation
         self._prefill_seconds = 0.0  # without the time that the caller spends between events
         self._decode_seconds = 0.0
 
     def run(self) -> Iterator[Event]:
         yield from self._prefill()
-        yield from self._decode()
+        try:
+            yield from self._decode()
+        except BaseException:
+            # Interrupted or closed: what the caller cannot know of leaves the cache.
+            if any(row.drafts or row.known < row.position for row in self._rows):
+                self._cache.crop(torch.tensor([min(row.position, row.known) for row in self._rows]))
+            raise
 
     def _prefill(self) -> Iterator[Event]:
         total = sum(row.left for row in self._rows)
@@ -83,6 +97,7 @@ class Loop:
             for row, take in step:
                 row.read += take
                 row.position += take
+                row.known = row.position
                 row.logits = logits[row.index]
                 if row.left == 0:
                     self._keep(row)
@@ -114,27 +129,78 @@ class Loop:
         if self._max_new_tokens == 0:
             yield from (self._done(row, "length") for row in alive)
             return
+        if self._speculation is not None:
+            for row in alive:
+                self._speculation.extend(row.index, row.prompt.tolist())
         while alive:
             begin = time.perf_counter()
-            tokens = [self._next_token(row) for row in alive]
+            tokens = [token for row in alive for token in self._judge(row)]
+            self._cut_drafts(alive)
             self._decode_seconds += time.perf_counter() - begin
-            yield from tokens
+            for token in tokens:
+                self._rows[token.row].known += 1
+                yield token
             begin = time.perf_counter()
             # The last token of a row is fed too, so that its cache ends where its text ends.
-            logits = self._forward({token.row: torch.tensor([token.id]) for token in tokens})
-            self._decode_seconds += time.perf_counter() - begin
+            step = [row for row in alive if row.next is not None]
+            if step:
+                self._draft([row for row in step if row.reason is None])
+                fed = {row.index: torch.tensor([row.next, *row.drafts]) for row in step}
+                logits = self._forward(fed, last_only=not any(row.drafts for row in step))
+                for row in step:
+                    row.position += 1
+                    row.logits = logits[row.index]
+            seconds = time.perf_counter() - begin
+            self._decode_seconds += seconds
+            if self._speculation is not None and step:
+                self._speculation.took(seconds)
             for row in alive:
-                row.position += 1
-                row.logits = logits[row.index]
                 if row.reason is not None:
                     self._keep(row)
                     yield self._done(row, row.reason)
             alive = [row for row in alive if row.reason is None]
 
-    def _next_token(self, row: Row) -> Token:
-        """Chooses the token at `row.position`; sets `row.reason` when it is the last one."""
+    def _judge(self, row: Row) -> list[Token]:
+        """The tokens from `row.position` on: those that equal the row's drafts, and the first that does not."""
         assert row.logits is not None
-        token = sample(row.logits, self._sampling, self._sampling.seed + row.index, row.position)
+        tokens: list[Token] = []
+        accepted = 0
+        row.next = None
+        while row.next is None and row.reason is None:
+            token = self._next_token(row, row.logits[accepted])
+            tokens.append(token)
+            if row.drafts[accepted : accepted + 1] == [token.id]:
+                accepted += 1
+                row.position += 1
+            else:
+                row.next = token.id
+        if self._speculation is not None:
+            self._speculation.extend(row.index, [token.id for token in tokens])
+            if row.drafts:
+                self._speculation.judge(row.index, len(row.drafts), accepted)
+        row.drafted += len(row.drafts)
+        row.accepted += accepted
+        row.drafts = row.drafts[accepted:]
+        return tokens
+
+    def _cut_drafts(self, rows: list[Row]) -> None:
+        """Takes the drafts that were not accepted out of the cache."""
+        if any(row.drafts for row in rows):
+            self._cache.crop(torch.tensor([row.position for row in self._rows]))
+        for row in rows:
+            row.drafts = []
+
+    def _draft(self, rows: list[Row]) -> None:
+        """Sets the drafts behind `row.next`, as far as the text may still go."""
+        if self._speculation is None:
+            return
+        wanted = {row.index: (row.position, self._max_new_tokens - len(row.written)) for row in rows}
+        for index, draft in self._speculation.draft(wanted).items():
+            self._rows[index].drafts = draft
+
+    def _next_token(self, row: Row, logits: torch.Tensor) -> Token:
+        """Chooses the token at `row.position`; sets `row.reason` when it is the last one."""
+        token = sample(logits, self._sampling, self._sampling.seed + row.index, row.position)
         row.written.append(token)
         text, stopped = "", False
         if token in self._eos_ids:
@@ -153,20 +219,22 @@ class Loop:
         return Token(token, text, row.index)
 
     def _done(self, row: Row, reason: Reason) -> Done:
-        cache_bytes = int(self._cache.stats()["bytes"])
         stats = Stats(
-            len(row.prompt),
-            self._prefill_seconds,
-            len(row.written),
-            self._decode_seconds,
-            cache_bytes,
-            peak_bytes(),
-            row.reused,
+            prompt_tokens=len(row.prompt),
+            prefill_seconds=self._prefill_seconds,
+            new_tokens=len(row.written),
+            decode_seconds=self._decode_seconds,
+            cache_bytes=int(self._cache.stats()["bytes"]),
+            peak_bytes=peak_bytes(),
+            reused_tokens=row.reused,
+            drafted=row.drafted,
+            accepted=row.accepted,
         )
         return Done(reason, stats, row.index)
 
-    def _forward(self, tokens: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Feeds rows their tokens, right-padded; returns each row's float32 logits (vocab,) after its last token."""
+    def _forward(self, tokens: dict[int, torch.Tensor], *, last_only: bool = True) -> dict[int, torch.Tensor]:
+        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or
+        (tokens, vocab) after every one."""
         index, parts = list(tokens), list(tokens.values())
         lengths = torch.tensor([len(part) for part in parts])
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
@@ -175,7 +243,7 @@ class Loop:
         try:
             with torch.no_grad():
                 logits = self._model(
-                    padded.to(self._model.device), cache, last_only=True, lengths=lengths if ragged else None
+                    padded.to(self._model.device), cache, last_only=last_only, lengths=lengths if ragged else None
                 )
         except BaseException:
             # Some layers may hold tokens of this step and some not: back to where the step began.
@@ -184,4 +252,4 @@ class Loop:
             except ValueError:  # a layer has evicted tokens of this step: the layers cannot be brought together again
                 self._cache.close()
             raise
-        return dict(zip(index, logits[:, 0], strict=True))
+        return {row: x if last_only else x[: len(part)] for row, x, part in zip(index, logits, parts, strict=True)}

@@ -74,18 +74,18 @@ def _group_free(folder: Path, limit: str, usage: str, prefix: str) -> int | None
     return max(0, maximum - used + cached)
 
 
-def workspace_bytes(config: ModelConfig, tokens: int, rows: int, itemsize: int) -> int:
+def workspace_bytes(config: ModelConfig, tokens: int, rows: int, itemsize: int, logits: int = 1) -> int:
     """What one step of `tokens` tokens holds beside the cache of `rows` rows: the activations of one layer, and logits.
 
     Six hidden-size vectors a token (residual, norm, attention and MLP in and out), q, k, v before and after RoPE, gate,
     up and their product in the MLP; the attention's output once for every row of the batch, as long as the longest;
-    logits and their copy in float32; SPARE_BYTES for what is not a tensor.
+    logits of so many tokens of a row and their copy in float32; SPARE_BYTES for what is not a tensor.
     """
     heads = config.num_heads * config.head_dim
     attention = 2 * (heads + 2 * config.num_kv_heads * config.head_dim)
     per_token = 6 * config.hidden_size + attention + 3 * config.intermediate_size
     activations = (tokens * per_token + rows * tokens * heads) * itemsize
-    return activations + 2 * rows * config.vocab_size * 4 + SPARE_BYTES
+    return activations + 2 * rows * logits * config.vocab_size * 4 + SPARE_BYTES
 
 
 def reserve(
@@ -111,7 +111,7 @@ def reserve(
     pages_after = [n // page_size for n in tokens_after]
     heads = cache.num_layers * cache.num_kv_heads
     wanted = max(0, heads * sum(pages_after) - int(cache.stats()["pages"]))
-    page_bytes = page_size * _bytes_per_token(cache) // heads
+    page_bytes = page_size * bytes_per_token(cache) // heads
     needed, pool_bytes, free_pages = _growth(cache, wanted, page_bytes)
     if needed + workspace > free and make_free is not None:
         make_free(wanted)
@@ -136,7 +136,8 @@ def _growth(cache: PagedCache, pages: int, page_bytes: int) -> tuple[int, int, i
     return needed, pool_bytes, free_pages
 
 
-def _bytes_per_token(cache: PagedCache) -> int:
+def bytes_per_token(cache: PagedCache) -> int:
+    """Bytes that a token of one row takes in full pages of all layers."""
     return cache.bytes_per_token(
         cache.num_layers,
         cache.num_kv_heads,
