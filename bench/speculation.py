@@ -104,13 +104,28 @@ def written(text: Text, speculate: Speculate | None, new: int, document: lcore.P
     return done
 
 
-def measure(text: Text, method: Ngram | SelfSpeculation, new: int, seconds: float) -> Row:
-    """Medians of the rates of runs that take turns, at least `seconds` of them together."""
-    document = None
-    if isinstance(method, SelfSpeculation):  # n-grams need to see the prompt; this need not read it every time
+def read(text: Text) -> lcore.PagedCache:
+    """A cache of the prompt without its last token. Keys and values are random where the weights are: reading a long
+    prompt would take longer than all the rest."""
+    if text.name == "code":
         reader = Generator(text.model)
         reader.generate(text.prompt[:-1], max_new_tokens=0)
-        document = reader.cache
+        assert reader.cache is not None
+        return reader.cache
+    cache = text.model.new_cache()
+    cache.reserve(len(text.prompt))
+    random = torch.Generator().manual_seed(2)
+    for layer in range(cache.num_layers):
+        shape = (1, len(text.prompt) - 1, cache.num_kv_heads, cache.head_dim)
+        k, v = (torch.empty(shape, dtype=cache.dtype).normal_(generator=random) for _ in range(2))
+        cache.append(layer, k, v)
+    return cache
+
+
+def measure(text: Text, method: Ngram | SelfSpeculation, new: int, seconds: float) -> Row:
+    """Medians of the rates of runs that take turns, at least `seconds` of them together."""
+    # N-grams need to see the prompt; the model's own drafts need not, and it need not be read every time.
+    document = read(text) if isinstance(method, SelfSpeculation) else None
     written(text, method, min(new, 8), document)
     plain: list[Completion] = []
     drafting: list[Completion] = []

@@ -162,6 +162,9 @@ class PagedHistoryModel(HistoryModel):
 
     page_size = 8
 
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, page_size=self.page_size, **options)
+
     def new_cache(self, batch_size: int = 1, kv_format: str | None = None, policy: None = None) -> lcore.PagedCache:
         shape = (self.config.num_layers, 1, 1)
         return lcore.PagedCache(

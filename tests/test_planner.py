@@ -109,7 +109,7 @@ def free(monkeypatch):
 
 
 def test_a_generator_makes_room_for_its_context_once(model, free):
-    gen = lcore.Generator(model, prefill_chunk=64, context=2000)
+    gen = lcore.Generator(model, prefill_chunk=64, context=2000, prefix_reuse=False)
     gen.generate("abc", max_new_tokens=5)
     room = gen.cache.stats()["bytes"]
     assert room == sum(planner.cache_bytes(model.new_cache(), 2000))
@@ -150,8 +150,8 @@ def test_a_context_that_does_not_fit_is_refused_before_the_prompt(model, free):
         lcore.Generator(model, prefill_chunk=64, context=100_000)
     assert re.fullmatch(
         rf"lcore\.Generator: context=100,000 must fit into memory: {sizes['fp32']:,} bytes are needed with kv_format "
-        rf"'fp32', {sizes['bf16']:,} are free; with kv_format 'fp16', 'bf16' it would fit, and [\d,]+ tokens with this "
-        r"one",
+        rf"'fp32', {sizes['bf16']:,} are free; with kv_format 'fp16', 'bf16', 'fp8', 'int8', 'int4', 'int2' it would "
+        r"fit, and [\d,]+ tokens with this one",
         str(caught.value),
     )
     tokens = int(re.search(r"and ([\d,]+) tokens", str(caught.value))[1].replace(",", ""))
@@ -165,7 +165,7 @@ def test_a_context_that_does_not_fit_is_refused_before_the_prompt(model, free):
 
 
 def test_auto_is_the_longest_that_fits_but_not_beyond_the_model(model, free):
-    gen = lcore.Generator(model, prefill_chunk=64, context="auto")
+    gen = lcore.Generator(model, prefill_chunk=64, context="auto", prefix_reuse=False)
     free(1 << 34)
     gen.generate("abc", max_new_tokens=2)
     assert gen.cache.stats()["bytes"] == sum(planner.cache_bytes(model.new_cache(), 3000))

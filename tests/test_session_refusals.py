@@ -8,7 +8,7 @@ from session_cases import filled_cache, header_of
 import lcore
 from lcore.cache import StoredSession
 from lcore.cache.session_file import write_session
-from lcore.cache.stored_session import settings
+from lcore.cache.stored_session import settings, slot_tensors
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_lengths_that_cannot_be(path, value, monkeypatch):
 
 
 def _tensors(slots):
-    return {name: getattr(slots, name).clone() for name in ("table", "lengths", "tail_k", "tail_v")}
+    return {name: tensor.clone() for name, tensor in slot_tensors(slots).items()}
 
 
 @pytest.mark.parametrize(("entry", "text"), [(99, "name each of its pages"), (-1, "name each"), (1, "name each")])

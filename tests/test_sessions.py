@@ -204,17 +204,19 @@ def test_whatever_else_the_slots_know_is_kept(path, monkeypatch):
 
     def extended(self, *args, **options):
         begin(self, *args, **options)
-        self.seen = torch.zeros(self.lengths.shape[:2], dtype=torch.int64)
-        self.intact = torch.ones(self.lengths.shape[1], dtype=torch.bool).numpy()
+        self.count = torch.zeros(self.lengths.shape[:2], dtype=torch.int64)
+        self.mark = torch.ones(self.lengths.shape[1], dtype=torch.bool).numpy()
 
     monkeypatch.setattr(Slots, "__init__", extended)
-    with pytest.raises(ValueError, match="have the tensors intact, lengths, seen, table, tail_k, tail_v, got"):
+    with pytest.raises(
+        ValueError, match="have the tensors count, intact, lengths, mark, seen, table, tail_k, tail_v, thinned, got"
+    ):
         lcore.PagedCache.load(path)
     cache = filled_cache(20)
-    cache._slots.seen += 5
-    cache._slots.intact[0] = False
+    cache._slots.count += 5
+    cache._slots.mark[0] = False
     loaded = there_and_back(cache, path)
-    assert loaded._slots.seen.tolist() == [[5], [5]] and loaded._slots.intact.tolist() == [False]
+    assert loaded._slots.count.tolist() == [[5], [5]] and loaded._slots.mark.tolist() == [False]
     assert json.loads(header_of(path)[0]["__metadata__"]["settings"])["page.bytes"] == cache.stats()["page_bytes"]
 
 

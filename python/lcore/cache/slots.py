@@ -55,7 +55,8 @@ class Slots:
         self.scores = scores
         self.undo = undo  # where pages are coded
         self.layers = self._views()
-        self.intact = np.ones(lengths.shape[1], dtype=np.bool_)  # (batch,): nothing was ever taken out of the row
+        # (batch,) 1 where nothing was ever taken out of the row; not bool, of which a file keeps one bit of eight.
+        self.intact = np.ones(lengths.shape[1], dtype=np.uint8)
         pool.member_bytes += self.nbytes
         pool.holders.add(self)
 
