@@ -72,10 +72,10 @@ struct Inputs {
   void fill_pages(const Shape& shape, const Problem& problem, Executor& executor) {
     const int64_t width = (shape.tokens + kPageSize - 1) / kPageSize;
     const int64_t slots = shape.batch * shape.kv_heads;
-    pages.page_bytes = page_bytes(kPageSize, shape.head_dim, shape.head_dim, problem.type, problem.type);
-    pages.v_offset = page_v_offset(kPageSize, shape.head_dim, problem.type);
+    pages.k_format = pages.v_format = plain_format(problem.type);
+    pages.v_offset = page_side(pages.k_format, false, kPageSize, shape.head_dim).bytes;
+    pages.page_bytes = 2 * pages.v_offset;
     pages.page_size = kPageSize;
-    pages.k_type = pages.v_type = problem.type;
     pages.table_width = width;
     pool = Tensor(DType::kFloat32, 1, slots * width, 1, pages.page_bytes / 4);
     tail_k = Tensor(problem.type, shape.batch, shape.kv_heads, kPageSize, shape.head_dim);

@@ -32,6 +32,12 @@ constexpr DType plain_type(PageFormat format) {
                                           : DType::kBFloat16;
 }
 
+constexpr PageFormat plain_format(DType type) {
+  return type == DType::kFloat32   ? PageFormat::kFloat32
+         : type == DType::kFloat16 ? PageFormat::kFloat16
+                                   : PageFormat::kBFloat16;
+}
+
 constexpr int bits_of(PageFormat format) {
   switch (format) {
     case PageFormat::kFloat32:
