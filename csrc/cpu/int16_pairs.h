@@ -34,7 +34,7 @@ inline Vec<int32_t> multiply_pairs(Vec<int32_t> a, Vec<int32_t> b, Vec<int32_t> 
 // their products in memory meanwhile.
 inline void in_register([[maybe_unused]] Vec<int32_t>& sum) {
 #if defined(__SSE2__)
-  __asm__("" : "+x"(sum));
+  __asm__("" : "+v"(sum));  // any vector register, the upper half of 32 too
 #endif
 }
 
