@@ -88,6 +88,16 @@ COLUMNS: dict[str, list[Column]] = {
         ("same best token", _show("same_top_1", "{:.2%}")), ("perplexity", _show("perplexity", "{:.4f}")),
         ("change", _show("perplexity_change", "{:+.3%}")),
     ],
+    "selection_speed": [
+        ("reads", _show("select")), ("format", _show("kv_format")), ("tokens", _show("tokens")),
+        ("of them read", _show("read_tokens")), ("heads", _heads), ("head_dim", _show("head_dim")),
+        ("ms", _show("ms", "{:.2f}")), ("tokens/s", _show("tokens_per_s", "{:.0f}")),
+        ("over all", _show("speedup", "{:.1f}×")), ("index MB", _show("index_mbytes", "{:.1f}")),
+    ],
+    "selection_needles": [
+        ("reads", _show("select")), ("tokens", _show("tokens")), ("of them read", _show("read_tokens")),
+        ("needles found", lambda row: f"{row['found']} of {row['of']}"), ("missed at most", _show("missed", "{:.2%}")),
+    ],
     "key_mass": [
         ("dtype", _show("dtype")), ("queries", _show("queries")), ("keys", _show("keys")), ("heads", _heads),
         ("head_dim", _show("head_dim")), ("ms", _show("ms", "{:.2f}")), ("GFLOP/s", _show("gflops", "{:.0f}")),

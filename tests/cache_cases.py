@@ -39,7 +39,8 @@ class Twins:
         self.dtype = options.setdefault("dtype", torch.float32)
         options.setdefault("kv_format", NAME_OF[self.dtype])
         self.cache = lcore.PagedCache(layers, kv_heads, head_dim, **options)
-        options.pop("max_bytes", None)
+        for name in ("max_bytes", "select"):  # which change no value of the model
+            options.pop(name, None)
         self.model = CacheModel(layers, kv_heads, head_dim, **options)
 
     def append(self, new: int, lengths: Tensor | None = None, layer: int | None = None) -> None:

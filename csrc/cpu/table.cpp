@@ -17,6 +17,7 @@ void merge_states_backward(const MergeGradParams&, Executor&);
 void page_bounds(const PageBoundsParams&, Executor&);
 void page_scores(const PageScoresParams&, Executor&);
 void rope(const RopeParams&, Executor&);
+void select_pages(const SelectPagesParams&, Executor&);
 double peak_fma(Executor&, int);
 double peak_dot(Executor&, int);
 double peak_read(Executor&, int);
@@ -34,6 +35,7 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             page_bounds,
                             page_scores,
                             rope,
+                            select_pages,
                             peak_fma,
                             peak_dot,
                             peak_read};

@@ -1,10 +1,10 @@
 """lcore: the long-context core for PyTorch."""
 
-from lcore.cache import PagedCache, PrefixCache, policies
+from lcore.cache import PagedCache, PrefixCache, policies, selection
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope
+from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope, select_pages
 
 __all__ = [
     "Generator",
@@ -21,5 +21,7 @@ __all__ = [
     "page_scores",
     "policies",
     "rope",
+    "select_pages",
+    "selection",
 ]
 __version__ = build_info()["version"]

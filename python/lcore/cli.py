@@ -19,7 +19,18 @@ from rich.console import Console
 import lcore
 from lcore.cache.formats import FORMATS
 from lcore.cache.policies import parse_policy
-from lcore.cli_options import Chunk, Context, WeightDtype, parse_context, parse_dtype, parse_formats
+from lcore.cache.selection import parse_selection
+from lcore.cli_options import (
+    Chunk,
+    Context,
+    Policy,
+    Select,
+    SessionFile,
+    WeightDtype,
+    parse_context,
+    parse_dtype,
+    parse_formats,
+)
 from lcore.demo import run_demo
 from lcore.evaluation import needle
 from lcore.generation import Done, Event, Generator, Stats, Token, show_prefill
@@ -86,14 +97,9 @@ def generate(
         str | None, typer.Option(help="Format of the cache, fp32, fp16 or bf16 (K,V for two); default: the dtype.")
     ] = None,
     prefill_chunk: Chunk = 2048,
-    policy: Annotated[
-        str | None,
-        typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048."),
-    ] = None,
-    session: Annotated[
-        Path | None,
-        typer.Option(help="File that keeps what was read: a prompt that begins like it goes on from there."),
-    ] = None,
+    policy: Policy = None,
+    select: Select = None,
+    session: SessionFile = None,
     context: Context = None,
     dtype: WeightDtype = "auto",
     chat: Annotated[
@@ -123,6 +129,7 @@ def generate(
             None if policy is None else parse_policy(policy),
             context=room,
             speculate=None if speculate == "none" else speculate,
+            select=None if select is None else parse_selection(select),
         )
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,
@@ -249,9 +256,10 @@ def describe(stats: Stats) -> str:
     """Counts and rates in one line."""
     kept = f"kept {stats.reused_tokens:,} tokens, " if stats.reused_tokens else ""
     read = stats.prompt_tokens - stats.reused_tokens
+    missed = f"at most {stats.dropped_mass:.2%} of attention missed, " if stats.dropped_mass else ""
     drafts = f"{stats.accepted:,} of {stats.drafted:,} drafted tokens accepted, " if stats.drafted else ""
     return (
         f"read {read:,} tokens in {stats.prefill_seconds:.1f} s ({stats.prefill_rate:,.1f} tokens/s), "
         f"{kept}wrote {stats.new_tokens:,} in {stats.decode_seconds:.1f} s ({stats.decode_rate:,.1f} tokens/s), "
-        f"{drafts}cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
+        f"{drafts}{missed}cache {stats.cache_bytes / 1e6:,.1f} MB, peak memory {stats.peak_bytes / 1e6:,.0f} MB"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, cast
 
 import torch
@@ -10,6 +11,16 @@ import typer
 Chunk: TypeAlias = Annotated[int, typer.Option(help="Prompt tokens read at a time.")]
 Context: TypeAlias = Annotated[
     str | None, typer.Option("-c", "--context", help="Tokens to make room for at once; auto: all that fit.")
+]
+Policy: TypeAlias = Annotated[
+    str | None, typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048.")
+]
+Select: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Read a part of the cache: quest:budget=PAGES, or a fraction of attention that may be missed."),
+]
+SessionFile: TypeAlias = Annotated[
+    Path | None, typer.Option(help="File that keeps what was read: a prompt that begins like it goes on from there.")
 ]
 WeightDtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Dtype of the weights.")

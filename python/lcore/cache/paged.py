@@ -13,6 +13,7 @@ from lcore.cache.formats import page_layout
 from lcore.cache.policies.base import Policy, check_policy
 from lcore.cache.pool import PagePool
 from lcore.cache.reading import LayerReader
+from lcore.cache.selection.base import Selection, check_selection
 from lcore.cache.sessions import Path, Strings
 from lcore.cache.slots import Slots
 from lcore.ops.hadamard import hadamard
@@ -38,6 +39,8 @@ class PagedCache(LayerReader):
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
         policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
+        select: of `lcore.selection`, or one's own: which pages `attend` reads, while all are kept. Forks have it too.
+            None reads all.
 
     Raises:
         TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
@@ -65,17 +68,20 @@ class PagedCache(LayerReader):
         page_size: int = 64,
         max_bytes: int | None = None,
         policy: Policy | None = None,
+        select: Selection | None = None,
         head_dim_v: int | None = None,
     ) -> None:
         layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size)
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
         check_options("PagedCache", sizes, dtype, device, rotate, max_bytes)
         check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
+        check_selection("PagedCache", select, policy)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
         self.dtype, self.device = dtype, torch.device("cpu")
         self.kv_format = (layout.k.name, layout.v.name)
         self.page_size, self.max_bytes, self.rotate, self.policy = page_size, max_bytes, rotate, policy
+        self._select = select
         pool = PagePool(layout.page_bytes, max_bytes)
         shape = (num_layers, batch_size, num_kv_heads)
         self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
@@ -103,6 +109,17 @@ class PagedCache(LayerReader):
             k, v = hadamard(k), hadamard(v)
         slots.append("PagedCache.append", layer, k, v, counts)
 
+    @property
+    def select(self) -> Selection | None:
+        """Which pages `attend` reads. It may be set anew between calls; what was known of pages is then forgotten."""
+        return self._select
+
+    @select.setter
+    def select(self, select: Selection | None) -> None:
+        check_selection("PagedCache", select, self.policy)
+        self._open("PagedCache.select").forget_index()
+        self._select = select
+
     def seen(self, layer: int = 0) -> Tensor:
         """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""
         return self._layer("PagedCache.seen", layer).seen[layer].clone()
@@ -126,11 +143,13 @@ class PagedCache(LayerReader):
 
         Returns:
             bytes: of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole in each
-                fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers).
+                fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers)
+                + index_bytes (what a selection knows of pages).
             tokens: of all rows, each counted in its longest layer and head.
             pages: that this cache holds, of all layers and heads, page_bytes each. free_pages: of the pool, that no
                 cache holds.
             bits_per_value: that one value takes in a page, padding included.
+            dropped_mass: the largest `dropped_mass` of any query so far; 0 without a selection that bounds it.
         """
         return self._open("PagedCache.stats").stats()
 

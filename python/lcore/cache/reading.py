@@ -14,6 +14,8 @@ from lcore.cache.layer import Layer
 from lcore.cache.policies.base import Policy
 from lcore.cache.policies.step import after_attention
 from lcore.cache.policies.view import LayerView
+from lcore.cache.selection import step as selection_step
+from lcore.cache.selection.base import Selection
 from lcore.cache.slots import Slots
 from lcore.cache.space import Space
 from lcore.errors import check_tensor, require
@@ -31,6 +33,7 @@ class LayerReader(Space):
     dtype: torch.dtype
     rotate: bool
     policy: Policy | None
+    _select: Selection | None
 
     @overload
     def attend(
@@ -87,7 +90,8 @@ class LayerReader(Space):
             return_lse: also return lse.
 
         With a policy, tokens that exceed its budget are dropped once the output is there: attend once after an append.
-        A layer that is read with a window or slopes keeps all its tokens.
+        A layer that is read with a window or slopes keeps all its tokens. With a selection, only some full pages are
+        read, and out and lse are those of their keys; with a window or slopes all are.
 
         Returns:
             (batch, new, heads, head_dim_v), dtype; 0 in padding rows; and with return_lse
@@ -105,7 +109,11 @@ class LayerReader(Space):
         pages, view = self._snapshot(name, slots, layer, q, counts, window_size, alibi_slopes)
         scale, q = self._scale(softmax_scale), self._rotated(q.detach())
         scores = (window_size, scale, softcap, alibi_slopes)
-        out, lse = kernels.attend(pages, view, q, slots.layout, counts, *scores, sinks)
+        if self._select is not None and window_size[0] < 0 and alibi_slopes is None:
+            call = selection_step.Call(name, slots, layer, q, counts, scale, softcap, sinks)
+            out, lse = selection_step.attend(self._select, call)
+        else:
+            out, lse = kernels.attend(pages, view, q, slots.layout, counts, *scores, sinks)
         # The tokens that a window or a slope measures distances to must all stay.
         if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
             seen = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate)
@@ -184,6 +192,24 @@ class LayerReader(Space):
         check_int(name, "first", first, 0, last)
         check_bound_type(name, dtype)
         return kernels.page_bounds(pages, view, slots.layout, first, last, dtype)
+
+    def dropped_mass(self, layer: int) -> Tensor:
+        """(batch, heads, new) float32: the largest part of its attention that each query of the last `attend` of a
+        layer can have missed because of the selection, an upper bound; 0 where all pages were read.
+
+        Formula: D / (1 + D) with D = sum over pages p not read of page_size exp(u_p - lse), u_p from `page_scores`.
+            Keys count as they are stored; the bound is exact but for the rounding of lse, for which D is raised by 1e-4
+            of itself.
+
+        Raises: ValueError without a selection whose scores are bounds, as `lcore.selection.Quest`, and before `attend`.
+        """
+        slots = self._layer("PagedCache.dropped_mass", layer)
+        certified = self._select is not None and self._select.certified
+        require(certified, "PagedCache.dropped_mass", "select", "be one whose scores are bounds", repr(self._select))
+        dropped = slots.index.dropped[layer]
+        if dropped is None:
+            raise ValueError(f"lcore.PagedCache.dropped_mass: layer must have been attended to, got {layer}")
+        return dropped.clone()
 
     def _queries(self, name: str, layer: int, q: Tensor, lengths: Tensor | None) -> tuple[Slots, Tensor | None]:
         """Checks q, the last tokens of a layer's rows; the slots, and the real rows of q."""

@@ -52,6 +52,11 @@ def save(
         raise NotImplementedError(
             f"lcore.{name}: a file does not hold what a policy remembers of the keys; use policy=None"
         )
+    if cache.select is not None and cache.select.observes:
+        raise NotImplementedError(
+            f"lcore.{name}: a file does not hold the attention that {type(cache.select).__name__} has observed; "
+            "use lcore.selection.Quest or select=None"
+        )
     metadata = dict(metadata or {})
     for key, value in metadata.items():
         require_type(isinstance(key, str) and isinstance(value, str), name, "metadata", "hold strings", (key, value))

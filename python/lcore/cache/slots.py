@@ -14,6 +14,7 @@ from lcore.cache.formats import PageLayout
 from lcore.cache.kernels import append_
 from lcore.cache.key_scores import KeyScores
 from lcore.cache.layer import Layer, between
+from lcore.cache.page_index import PageIndex
 from lcore.cache.pool import Ids, PagePool, new_tensor
 from lcore.cache.undo import Undo
 from lcore.errors import message
@@ -54,6 +55,7 @@ class Slots:
         self.thinned = thinned  # (layers, batch, kv_heads) int64: what was evicted stood among the first so many seen
         self.scores = scores
         self.undo = undo  # where pages are coded
+        self.index = PageIndex(tuple(lengths.shape))
         self.layers = self._views()
         # (batch,) 1 where nothing was ever taken out of the row; not bool, of which a file keeps one bit of eight.
         self.intact = np.ones(lengths.shape[1], dtype=np.uint8)
@@ -95,7 +97,7 @@ class Slots:
 
     @property
     def nbytes(self) -> int:
-        return self.tail_bytes + self.table_bytes + self.scores.nbytes
+        return self.tail_bytes + self.table_bytes + self.scores.nbytes + self.index.nbytes
 
     def stats(self) -> dict[str, int | float]:
         """As `PagedCache.stats`."""
@@ -106,11 +108,13 @@ class Slots:
             "tail_bytes": self.tail_bytes,
             "table_bytes": self.table_bytes,
             "score_bytes": self.scores.nbytes,
+            "index_bytes": self.index.nbytes,
             "tokens": int(self.lengths.amax((0, 2)).sum()),
             "pages": int(self.full_pages().sum()),
             "page_bytes": self.layout.page_bytes,
             "free_pages": self.pool.allocator.free_count,
             "bits_per_value": self.layout.bits_per_value,
+            "dropped_mass": self.index.worst,
         }
 
     def full_pages(self) -> NDArray[np.int32]:
@@ -213,6 +217,8 @@ class Slots:
             undo = None if self.undo is None else self.undo.copy(function)
             fork = Slots(self.pool, self.layout, *copies, scores=self.scores.copy(), undo=undo)
             fork.intact[:] = self.intact
+            fork.index = self.index.copy()
+            self.pool.member_bytes += fork.index.nbytes
             return fork
 
     def crop(self, function: str, limits: NDArray[np.int64]) -> None:
@@ -245,6 +251,13 @@ class Slots:
             assign([self.lengths, self.seen, self.thinned], [torch.from_numpy(x) for x in new])
             self.pool.allocator.release(released)
             self.scores.crop(after)
+            self.index.crop(after, page_size)
+
+    def forget_index(self) -> None:
+        """Drops what a selection knows of pages."""
+        with self.pool.lock:
+            self.pool.member_bytes -= self.index.nbytes
+            self.index = PageIndex(self.index.known.shape)
 
     def release(self) -> None:
         """Gives every page and the budget back."""

@@ -45,7 +45,8 @@ class Stats:
     between events. cache_bytes is what the whole cache holds, with the pool that it shares; peak_bytes the process's
     largest resident set so far. reused_tokens of the prompt were not read: they were in the session file, or their
     pages in the index of prefixes. drafted counts tokens that speculation proposed, accepted those of them that became
-    part of the text.
+    part of the text. dropped_mass bounds the attention mass that any query of the cache has missed because
+    of its selection, where that is one whose scores are bounds.
     """
 
     prompt_tokens: int
@@ -57,6 +58,7 @@ class Stats:
     reused_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    dropped_mass: float = 0.0
 
     @property
     def prefill_rate(self) -> float:

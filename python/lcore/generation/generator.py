@@ -14,6 +14,8 @@ import torch
 
 from lcore.cache import PagedCache, PrefixCache
 from lcore.cache.policies import Policy
+from lcore.cache.selection import Selection
+from lcore.cache.selection.base import check_selection
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
 from lcore.generation.loop import Loop, Row
@@ -49,12 +51,15 @@ class Generator:
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
     policy:         which tokens its caches keep, one of `lcore.policies` or one's own; None keeps all. After the prompt
                     the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
+    select:         which pages its caches read, one of `lcore.selection` or one's own; None reads all. Not with a
+                    policy, nor with speculate: a step that judges drafts reads pages for all of them together.
     context:        tokens a row for which a new cache makes room at once; "auto" is as many as fit into free memory,
                     at most config.max_position_embeddings; None is as many as a call needs.
     prefix_reuse:   whether a prompt that begins as one before is read from where they differ, a page's length exactly;
                     a PrefixCache to share with other generators, or to bound. The text is what it is without, bit by
                     bit. Pages are kept in memory that the caches before took, the last used ones: `prefixes` tells.
-                    Not with a policy, which takes pages away, nor with a session file.
+                    Not with a policy, which takes pages away, nor with a selection that
+                    chooses or observes while a prompt is read, nor with a session file.
     speculate:      drafts several tokens for one step of the model: "ngram" from the text itself, "self" from the model
                     over the last tokens of its cache, or their settings, `lcore.generation.Ngram(...)` and
                     `SelfSpeculation(...)`. Texts are what they are without, greedy and sampled; None drafts nothing.
@@ -75,6 +80,7 @@ class Generator:
         context: int | Literal["auto"] | None = None,
         prefix_reuse: bool | PrefixCache = True,
         speculate: str | Speculate | None = None,
+        select: Selection | None = None,
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
@@ -84,12 +90,15 @@ class Generator:
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
-        self.kv_format, self.policy = kv_format, policy
+        check_selection("Generator", select, policy)
+        self.kv_format, self.policy, self.select = kv_format, policy, select
         self.context = context
         self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
         self.speculate = speculation_of(speculate)
         rule = "be None with a policy, which may drop what a refused draft must give back"
         require(self.speculate is None or policy is None, "Generator", "speculate", rule, repr(speculate))
+        rule = "be None with a selection, which reads other pages for several tokens than for one"
+        require(self.speculate is None or select is None, "Generator", "speculate", rule, repr(speculate))
         self._warned = False
         if context is not None and context != "auto":
             check_int("context", context, at_least=1)
@@ -154,7 +163,7 @@ class Generator:
         with ExitStack() as undo:  # a session file that is in our hands when something is refused is let go
             saved: Session | None = None
             if session is not None:
-                cache = self.model.new_cache(len(prompts), kv_format=self.kv_format)
+                cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, select=self.select)
                 saved = Session(session, self.model, cache, prompts)
                 undo.callback(saved.close)
                 known = saved.kept
@@ -225,9 +234,10 @@ class Generator:
         return self._new_cache(prompts, max_new_tokens)
 
     def _new_cache(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
-        cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, policy=self.policy)
+        cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, policy=self.policy, select=self.select)
         reuse, known = None, [0] * len(prompts)
-        if self.prefixes is not None and self.policy is None and isinstance(cache, PagedCache):
+        as_read = self.select is None or not (self.select.prefill or self.select.observes)
+        if self.prefixes is not None and self.policy is None and as_read and isinstance(cache, PagedCache):
             reuse = Reuse(self.prefixes, self.model, cache, prompts, self.prefill_chunk)
             known = reuse.tokens
         self._make_room(cache, [len(p) - n + max_new_tokens for p, n in zip(prompts, known, strict=True)])

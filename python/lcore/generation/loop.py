@@ -229,6 +229,7 @@ class Loop:
             reused_tokens=row.reused,
             drafted=row.drafted,
             accepted=row.accepted,
+            dropped_mass=self._cache.stats().get("dropped_mass", 0.0),
         )
         return Done(reason, stats, row.index)
 

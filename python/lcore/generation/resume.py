@@ -45,6 +45,7 @@ class Session:
         self.kept = self.held = [0] * len(prompts)
         try:
             self._fingerprint = {f"model.{name}": value for name, value in fingerprint(model).items()}
+            self._fingerprint["select"] = repr(cache.select)
             if os.path.exists(self._lock.path):
                 self._stored = StoredSession(path, function="Generator", lock=self._lock)
                 self._compare(self._stored)

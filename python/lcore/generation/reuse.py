@@ -24,7 +24,8 @@ class Reuse:
 
     The logits are the bits that they are without it. In a format that rounds, a token reads its own page from the tail,
     unrounded, as long as the page is not full: its keys depend on where chunks ended. Then written tokens, which came
-    one by one, are not kept, and where chunks do not end with pages, only prompts cut alike share them.
+    one by one, are not kept, and where chunks do not end with pages, only prompts cut alike share them. Nor are tokens
+    kept that were written under a selection.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Reuse:
 
     def keep(self, row: Row) -> None:
         """Leaves what a row has read, and written, for later prompts; nothing after the weights have changed."""
-        if (row.written and not self._exact) or _state(self._model) != self._state:
+        as_prompt = self._exact and self._cache.select is None  # written tokens as a prompt would leave them
+        if (row.written and not as_prompt) or _state(self._model) != self._state:
             return
         tokens = torch.cat([row.prompt, torch.tensor(row.written, dtype=torch.int64)])
         self._prefixes.insert(self._cache, row.index, tokens, self._namespace)

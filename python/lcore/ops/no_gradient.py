@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def not_differentiable(op: str) -> None:
-    """The one result of ``torch.ops.lcore.<op>`` never requires grad, whatever its inputs do."""
+    """No result of ``torch.ops.lcore.<op>`` ever requires grad, whatever its inputs do."""
 
-    def no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
+    def no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*((output,) if isinstance(output, Tensor) else output))
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(f"lcore.{op}: no gradients; use lcore.reference, which is plain torch")
