@@ -1,7 +1,7 @@
-// The pages that a kv head reads (Tang et al. 2024, Quest): of its first `ranked` pages the `read` ones whose score, the
-// largest over the heads that share the kv head, is greatest; of equal ones the first, so that the choice has one value.
-// And what the rest can weigh: log sum exp of the scores not chosen, for every head. A work item is one kv head: a
-// partial sort of page indices, then one pass of exp over each head's scores.
+// The pages that a kv head reads (Tang et al. 2024, Quest): of its first `ranked` pages the `read` ones whose score,
+// the largest over the heads that share the kv head, is greatest; of equal ones the first, so that the choice has one
+// value. And what the rest can weigh: log sum exp of the scores not chosen, for every head. A work item is one kv head:
+// a partial sort of page indices, then one pass of exp over each head's scores.
 #include "core/select_pages.h"
 
 #include <algorithm>
