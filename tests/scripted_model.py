@@ -92,9 +92,12 @@ class HistoryCache:
     def bytes_per_token(self, layers: int, *_, **__) -> int:
         return 8 * layers
 
+    def pages_for(self, tokens: list[int]) -> int:
+        return len(self.layers) * sum(n // self.page_size for n in tokens)
+
     def stats(self) -> dict[str, int]:
         pages = sum(len(row) for layer in self.layers for row in layer)
-        return {"bytes": 8 * pages, "pool_bytes": 8 * pages, "pages": pages, "free_pages": 0}
+        return {"bytes": 8 * pages, "pool_bytes": 8 * pages, "pages": pages, "free_pages": 0, "page_bytes": 8}
 
 
 class HistoryModel:

@@ -1,5 +1,7 @@
 // How a paged KV cache lies in memory. A page holds `page_size` tokens of one kv head: K, then V, each as
-// core/page_format.h says. Tokens beyond the last full page wait in the tail, in the model's type.
+// core/page_format.h says. Tokens beyond the last full page wait in the tail, in the model's type. The first
+// `plain_pages` pages of every head hold values of that type whatever the formats are: such a page is cut into `parts`
+// pages of the pool, whose bytes are those of the formats.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +10,8 @@
 
 namespace lcore {
 
+inline constexpr int64_t kAllPages = (int64_t{1} << 31) - 1;  // more than any head has
+
 struct KvPages {
   const uint8_t* pool;  // [num_pages][page_bytes]
   int64_t page_bytes;
@@ -15,14 +19,21 @@ struct KvPages {
   int64_t page_size;
   PageFormat k_format;
   PageFormat v_format;
+  int64_t plain_pages;     // kAllPages: every page, and the formats are plain
+  int64_t parts;           // of a plain page: page_size / parts tokens each
+  int64_t plain_v_offset;  // as v_offset, in a part
 
-  const int32_t* page_table;  // (batch, kv_heads, table_width): ids into pool; entries past the length are not read
+  // (batch, kv_heads, table_width): ids into pool, page by page, of plain pages all parts; entries past the length are
+  // not read.
+  const int32_t* page_table;
   int64_t table_width;
   const int32_t* lengths;  // (batch, kv_heads): tokens, those of the tail included
   const void* tail_k;      // (batch, kv_heads, page_size, head_dim)
   const void* tail_v;      // (batch, kv_heads, page_size, head_dim_v)
 
   PageFormat format(bool value) const { return value ? v_format : k_format; }
+  // How many entries of the table stand before those of a page.
+  int64_t column(int64_t page) const { return page + (page < plain_pages ? page : plain_pages) * (parts - 1); }
   bool plain() const { return is_plain(k_format) && is_plain(v_format); }
 };
 

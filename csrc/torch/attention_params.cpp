@@ -122,7 +122,7 @@ AttentionParams paged_params(const char* op, const Tensor& q, const CacheArgumen
   require(tail_k.size(0) == p.batch && tail_k.size(3) == p.head_dim && tail_k.scalar_type() == q.scalar_type(), op,
           "tail_k must have q's batch, head_dim and dtype, got " + shape_text(tail_k));
   pages = kv_pages(op, cache.pool, cache.page_table, cache.kv_lengths, tail_k, tail_v, cache.k_format, cache.v_format,
-                   cache.page_size, {});
+                   cache.page_size, cache.plain_pages, cache.parts, {});
   p.pages = &pages;
   p.q_lengths = row_counts(op, lengths, p.batch, p.seq_q);
   p.lse_head = p.seq_q;

@@ -26,6 +26,8 @@ struct CacheArguments {
   const Tensor &pool, &page_table, &kv_lengths, &tail_k, &tail_v;
   const std::string &k_format, &v_format;
   int64_t page_size;
+  int64_t plain_pages;
+  int64_t parts;
 };
 
 // The same for the last tokens of a cache's sequences, always causal. The tensors and `pages`, which is written, must

@@ -1,6 +1,7 @@
 // lcore::cache_append_ on CPU tensors, and the checks of a paged cache's tensors.
 #include "torch/cache.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "core/cache_append.h"
@@ -10,9 +11,30 @@ namespace lcore {
 
 using torch::headeronly::ScalarType;
 
+namespace {
+
+void set_plain_pages(const char* op, KvPages& pages, int64_t plain_pages, int64_t parts, const Tensor& tail_k,
+                     const Tensor& tail_v) {
+  require(parts > 0 && pages.page_size % parts == 0 && plain_pages >= 0 && (parts == 1 || !pages.plain()), op,
+          "parts must divide page_size and plain_pages not be negative, got " + std::to_string(parts) + " and " +
+              std::to_string(plain_pages));
+  pages.plain_pages = pages.plain() ? 0 : std::min(plain_pages, kAllPages);
+  pages.parts = parts;
+  if (pages.plain_pages == 0) return;
+  const PageFormat format = plain_format(dtype_of(tail_k));
+  pages.plain_v_offset = page_side(format, false, pages.page_size / parts, tail_k.size(3)).bytes;
+  const int64_t bytes = pages.plain_v_offset + page_side(format, true, pages.page_size / parts, tail_v.size(3)).bytes;
+  require(bytes <= pages.page_bytes, op,
+          "a part of a plain page takes " + std::to_string(bytes) + " bytes, pages of the pool have " +
+              std::to_string(pages.page_bytes));
+  if (pages.plain_pages == kAllPages) pages.k_format = pages.v_format = format;
+}
+
+}  // namespace
+
 KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, const Tensor& kv_lengths,
                  const Tensor& tail_k, const Tensor& tail_v, const std::string& k_format, const std::string& v_format,
-                 int64_t page_size, const std::vector<int64_t>& added) {
+                 int64_t page_size, int64_t plain_pages, int64_t parts, const std::vector<int64_t>& added) {
   for (const Tensor* t : {&pool, &page_table, &kv_lengths, &tail_k, &tail_v}) {
     require(t->is_cpu() && t->is_contiguous(), op, "the cache's tensors must be contiguous and on the CPU");
   }
@@ -45,6 +67,7 @@ KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, c
       op, "coded pages must have tails of float32, float16 or bfloat16 and a head_dim of at most 512");
   require(pages.page_bytes == wanted, op,
           "pool must have pages of " + std::to_string(wanted) + " bytes, got " + std::to_string(pages.page_bytes));
+  set_plain_pages(op, pages, plain_pages, parts, tail_k, tail_v);
   pages.page_table = static_cast<const int32_t*>(page_table.data_ptr());
   pages.table_width = page_table.size(2);
   pages.lengths = static_cast<const int32_t*>(kv_lengths.data_ptr());
@@ -53,9 +76,9 @@ KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, c
   for (int64_t slot = 0; slot < batch * kv_heads; ++slot) {
     const int64_t length = pages.lengths[slot] + (added.empty() ? 0 : added[slot / kv_heads]);
     require(pages.lengths[slot] >= 0 && length <= std::numeric_limits<int32_t>::max() &&
-                length / page_size <= pages.table_width,
+                pages.column(length / page_size) <= pages.table_width,
             op, "kv_lengths must fit int32 and page_table, got " + std::to_string(length));
-    for (int64_t i = 0; i < length / page_size; ++i) {
+    for (int64_t i = 0; i < pages.column(length / page_size); ++i) {
       const int32_t id = pages.page_table[slot * pages.table_width + i];
       require(id >= 0 && id < pool.size(0), op, "page_table must hold ids of the pool, got " + std::to_string(id));
     }
@@ -85,7 +108,8 @@ bool is_cached_type(const Tensor& t) {
 }
 
 void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v, Tensor k, Tensor v,
-                  std::string k_format, std::string v_format, int64_t page_size, std::optional<Tensor> lengths) {
+                  std::string k_format, std::string v_format, int64_t page_size, std::optional<Tensor> lengths,
+                  int64_t plain_pages, int64_t parts) {
   const char* op = "cache_append_";
   require(k.is_cpu() && v.is_cpu() && k.dim() == 4 && v.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op,
           "k, v and the tails must be on the CPU with 4 dimensions");
@@ -105,7 +129,8 @@ void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail
   p.counts = row_counts(op, lengths, p.batch, p.new_tokens);
   const std::vector<int64_t> added = p.counts == nullptr ? std::vector<int64_t>(p.batch, p.new_tokens)
                                                          : std::vector<int64_t>(p.counts, p.counts + p.batch);
-  p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, added);
+  p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, plain_pages,
+                     parts, added);
   p.pool = static_cast<uint8_t*>(pool.data_ptr());
   p.lengths = static_cast<int32_t*>(kv_lengths.data_ptr());
   p.tail_k = tail_k.data_ptr();
@@ -122,7 +147,8 @@ void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail
 STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
       "cache_append_(Tensor(a!) pool, Tensor page_table, Tensor(b!) kv_lengths, Tensor(c!) tail_k, Tensor(d!) tail_v,"
-      " Tensor k, Tensor v, str k_format, str v_format, int page_size, Tensor? lengths) -> ()");
+      " Tensor k, Tensor v, str k_format, str v_format, int page_size, Tensor? lengths, int plain_pages=0,"
+      " int parts=1) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("cache_append_", LCORE_BOX(lcore::cache_append)); }

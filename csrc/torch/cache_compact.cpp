@@ -52,7 +52,7 @@ void cache_compact(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tai
                    Tensor keep, Tensor offsets, std::string k_format, std::string v_format, int64_t page_size) {
   const char* op = "cache_compact_";
   CacheCompactParams p{};
-  p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, {});
+  p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, 0, 1, {});
   require(p.pages.plain(), op, "pages must store values, fp32, fp16 or bf16: codes mean nothing outside of their page");
   const auto type = tail_k.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, op,

@@ -44,12 +44,13 @@ Tensor key_mass(Tensor q, Tensor k, Tensor lse, bool causal, std::vector<int64_t
 Tensor key_mass_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,
                       std::string k_format, std::string v_format, int64_t page_size, OptionalTensor lengths,
                       std::vector<int64_t> window_size, double softmax_scale, double softcap,
-                      OptionalTensor alibi_slopes, Tensor lse, std::string reduction, int64_t width) {
+                      OptionalTensor alibi_slopes, Tensor lse, std::string reduction, int64_t width,
+                      int64_t plain_pages, int64_t parts) {
   const char* op = "key_mass_paged";
   KvPages pages;
-  const AttentionParams p =
-      paged_params(op, q, {pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size}, lengths,
-                   window_size, softmax_scale, softcap, alibi_slopes, {}, pages);
+  const AttentionParams p = paged_params(
+      op, q, {pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, plain_pages, parts}, lengths,
+      window_size, softmax_scale, softcap, alibi_slopes, {}, pages);
   const int32_t longest = p.batch == 0 ? 0 : *std::max_element(pages.lengths, pages.lengths + p.batch * p.kv_heads);
   require(
       width >= longest, op,
@@ -68,7 +69,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
       "key_mass_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
       " str k_format, str v_format, int page_size, Tensor? lengths, int[] window_size, float softmax_scale,"
-      " float softcap, Tensor? alibi_slopes, Tensor lse, str reduction, int width) -> Tensor");
+      " float softcap, Tensor? alibi_slopes, Tensor lse, str reduction, int width, int plain_pages=0, int parts=1) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {

@@ -23,6 +23,7 @@ from lcore.cache.selection import parse_selection
 from lcore.cli_options import (
     Chunk,
     Context,
+    KvFormat,
     Policy,
     Select,
     SessionFile,
@@ -30,6 +31,7 @@ from lcore.cli_options import (
     parse_context,
     parse_dtype,
     parse_formats,
+    parse_layers,
 )
 from lcore.demo import run_demo
 from lcore.evaluation import needle
@@ -93,9 +95,9 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Keep tokens this many times as probable as the best.")] = 0.0,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Same seed, same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
-    kv_format: Annotated[
-        str | None, typer.Option(help="Format of the cache, fp32, fp16 or bf16 (K,V for two); default: the dtype.")
-    ] = None,
+    kv_format: KvFormat = None,
+    skip_layers: Annotated[str, typer.Option(help="Layers that are not coded, as 0,1,31.")] = "",
+    fp_prefix: Annotated[int, typer.Option(help="First tokens of every layer that are not coded.")] = 0,
     prefill_chunk: Chunk = 2048,
     policy: Policy = None,
     select: Select = None,
@@ -130,6 +132,8 @@ def generate(
             context=room,
             speculate=None if speculate == "none" else speculate,
             select=None if select is None else parse_selection(select),
+            skip_layers=parse_layers(skip_layers),
+            fp_prefix=fp_prefix,
         )
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,

@@ -12,6 +12,12 @@ Chunk: TypeAlias = Annotated[int, typer.Option(help="Prompt tokens read at a tim
 Context: TypeAlias = Annotated[
     str | None, typer.Option("-c", "--context", help="Tokens to make room for at once; auto: all that fit.")
 ]
+KvFormat: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of the cache: fp32, fp16, bf16, fp8, int8, int4, int2 (K,V for two); default: the dtype."
+    ),
+]
 Policy: TypeAlias = Annotated[
     str | None, typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048.")
 ]
@@ -31,6 +37,14 @@ def parse_formats(text: str | None) -> str | tuple[str, str] | None:
     """A format, or two with a comma between them."""
     names = tuple(text.split(",")) if text else ()
     return cast("tuple[str, str]", names) if len(names) > 1 else text
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise typer.BadParameter(f"--skip-layers must be numbers with commas between them, got {text!r}") from None
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

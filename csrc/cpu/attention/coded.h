@@ -26,7 +26,8 @@ inline void with_integers(PageFormat format, const Fn& fn) {
   }
 }
 
-// The pages of one block of keys: `keys` of them, from its first on, stand in full pages of integers.
+// The pages of one block of keys: `keys` of them, from its first on, stand in full pages of integers. No block has both
+// plain and coded pages.
 struct CodedPages {
   const AttentionParams& p;
   const Sequence& s;
@@ -36,6 +37,7 @@ struct CodedPages {
 
   static int count(const AttentionParams& p, const Sequence& s, bool value, int64_t key, int keys) {
     if (p.pages == nullptr || !is_integer(p.pages->format(value))) return 0;
+    if (key / p.pages->page_size < p.pages->plain_pages) return 0;
     const int64_t full = s.k_len / p.pages->page_size * p.pages->page_size;
     return static_cast<int>(std::clamp<int64_t>(full - key, 0, keys));
   }
@@ -43,7 +45,7 @@ struct CodedPages {
   const uint8_t* side(bool of_value, int64_t at) const {
     const KvPages& pages = *p.pages;
     const int64_t slot = s.batch * p.kv_heads + s.kv_head;
-    const int64_t id = pages.page_table[slot * pages.table_width + at / pages.page_size];
+    const int64_t id = pages.page_table[slot * pages.table_width + pages.column(at / pages.page_size)];
     return pages.pool + id * pages.page_bytes + (of_value ? pages.v_offset : 0);
   }
 

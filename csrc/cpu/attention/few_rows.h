@@ -46,7 +46,7 @@ template <class M>
 bool values_in_place(const AttentionParams& p, int keys) {
   if constexpr (std::is_same_v<M, Widened<double>>) return false;  // for gradient checks, not for speed
   const bool vectors = p.head_dim_v % kLanes<typename M::In> == 0 && (p.pages != nullptr || p.v.dim == 1);
-  return vectors && keys % M::kPair == 0 && (p.pages == nullptr || p.pages->page_size % M::kPair == 0);
+  return vectors && keys % M::kPair == 0 && (p.pages == nullptr || p.pages->page_size / p.pages->parts % M::kPair == 0);
 }
 
 template <class M>

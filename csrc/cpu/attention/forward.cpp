@@ -75,6 +75,11 @@ struct Plan {
   // Whether keys and values are read in place, few_rows.h; coded pages are in any case.
   bool few_rows(const AttentionParams& p) const { return rows <= kTileRows && !has_codes(p); }
   static bool has_codes(const AttentionParams& p) { return p.pages != nullptr && !p.pages->plain(); }
+  // Of a block's keys, those in plain pages: a block ends where codes begin.
+  static int keys_before_codes(const AttentionParams& p, int64_t key, int keys) {
+    if (!has_codes(p)) return 0;
+    return static_cast<int>(std::clamp<int64_t>(p.pages->plain_pages * p.pages->page_size - key, 0, keys));
+  }
 
   MatrixA<In> queries(const Buffers<M>& b, int first) const { return {b.q + int64_t{first} * ld_q, ld_q, 1}; }
   MatrixA<In> weights(const Buffers<M>& b) const { return {b.weights, ld_scores / M::kPair, 1}; }
@@ -246,7 +251,9 @@ void reduce_span(const AttentionParams& p, const Plan<M>& plan, const Item& item
   const int block = plan.tile.keys;
   for (int64_t key = range.begin / block * block; key < range.end; key += block) {
     const int keys = static_cast<int>(std::min<int64_t>(block, item.sequence.k_len - key));
-    reduce_block(p, plan, item, key, keys, b);
+    const int values = plan.keys_before_codes(p, key, keys);
+    if (values > 0) reduce_block(p, plan, item, key, values, b);
+    if (values < keys) reduce_block(p, plan, item, key + values, keys - values, b);
   }
 }
 

@@ -44,7 +44,13 @@ inline Run run_at(const AttentionParams& p, bool value, const Sequence& s, int64
   const int64_t page = key / pages.page_size, in_page = key % pages.page_size;
   const int64_t count = std::min(pages.page_size - in_page, s.k_len - key);
   if (page < s.k_len / pages.page_size) {
-    const int64_t id = pages.page_table[slot * pages.table_width + page];
+    const int32_t* ids = pages.page_table + slot * pages.table_width + pages.column(page);
+    if (page < pages.plain_pages) {
+      const int64_t tokens = pages.page_size / pages.parts, in_part = in_page % tokens;
+      const uint8_t* part = pages.pool + ids[in_page / tokens] * pages.page_bytes + (value ? pages.plain_v_offset : 0);
+      return {at(part, p.type, in_part * dim, dim, 1), std::min(tokens - in_part, count)};
+    }
+    const int64_t id = *ids;
     const uint8_t* codes = pages.pool + id * pages.page_bytes + (value ? pages.v_offset : 0);
     const PageFormat format = pages.format(value);
     if (is_plain(format)) return {at(codes, plain_type(format), in_page * dim, dim, 1), count};

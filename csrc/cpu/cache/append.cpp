@@ -59,8 +59,6 @@ struct Side {
   int dim;
   char* tail;  // [page_size][dim]
   bool value;
-  int64_t page_begin;  // bytes from a page's start to this side, and to its end
-  int64_t page_end;
 };
 
 char* row_of(char* data, DType type, int64_t row, int dim) {
@@ -72,22 +70,44 @@ RowsIn from_row(const RowsIn& rows, int64_t row) {
   return {static_cast<const char*>(rows.data) + offset, rows.type, rows.row_stride, rows.col_stride};
 }
 
-// A page from the tail's and the new tokens. `rows` is scratch for a page of float rows, used where they are coded.
-void fill_page(const CacheAppendParams& p, const Side& side, uint8_t* page, const RowsIn& waiting, int64_t count,
-               const RowsIn& fresh, float* rows) {
+// The tokens of a page: `count` of them wait in the tail, the others are new.
+struct PageRows {
+  RowsIn waiting;
+  int64_t count;
+  RowsIn fresh;
+
+  // Rows [begin, begin + rows) to out.
+  void copy(int64_t begin, int64_t rows, int dim, char* out, DType type) const {
+    const int64_t old = std::clamp<int64_t>(count - begin, 0, rows);
+    copy_rows(from_row(waiting, begin), old, dim, out, type);
+    copy_rows(from_row(fresh, std::max<int64_t>(begin - count, 0)), rows - old, dim, row_of(out, type, old, dim), type);
+  }
+};
+
+// `rows` is scratch for a page of float rows, used where they are coded.
+void fill_page(const CacheAppendParams& p, const Side& side, int64_t slot, int64_t page, const PageRows& in,
+               float* rows) {
   const KvPages& pages = p.pages;
   const PageFormat format = pages.format(side.value);
-  char* codes = reinterpret_cast<char*>(page) + side.page_begin;
-  char* out = is_plain(format) ? codes : reinterpret_cast<char*>(rows);
-  const DType type = is_plain(format) ? plain_type(format) : DType::kFloat32;
-  copy_rows(waiting, count, side.dim, out, type);
-  copy_rows(fresh, pages.page_size - count, side.dim, row_of(out, type, count, side.dim), type);
-  if (is_plain(format)) {
-    char* padding = row_of(codes, type, pages.page_size, side.dim);
-    std::memset(padding, 0, codes + (side.page_end - side.page_begin) - padding);
-  } else {
-    PageEncoder(format, side.value, static_cast<int>(pages.page_size), side.dim, reinterpret_cast<uint8_t*>(codes))
-        .encode(rows);
+  const int32_t* ids = pages.page_table + slot * pages.table_width + pages.column(page);
+  const bool in_parts = page < pages.plain_pages;
+  const auto place = [&](int64_t part, int64_t offset) {
+    return reinterpret_cast<char*>(p.pool) + ids[part] * pages.page_bytes + offset;
+  };
+  if (!in_parts && !is_plain(format)) {
+    in.copy(0, pages.page_size, side.dim, reinterpret_cast<char*>(rows), DType::kFloat32);
+    auto* codes = reinterpret_cast<uint8_t*>(place(0, side.value ? pages.v_offset : 0));
+    PageEncoder(format, side.value, static_cast<int>(pages.page_size), side.dim, codes).encode(rows);
+    return;
+  }
+  const DType type = in_parts ? p.type : plain_type(format);
+  const int64_t v_offset = in_parts ? pages.plain_v_offset : pages.v_offset, parts = in_parts ? pages.parts : 1;
+  const int64_t tokens = pages.page_size / parts;
+  for (int64_t part = 0; part < parts; ++part) {
+    char* out = place(part, side.value ? v_offset : 0);
+    in.copy(part * tokens, tokens, side.dim, out, type);
+    char* padding = row_of(out, type, tokens, side.dim);
+    std::memset(padding, 0, place(part, side.value ? pages.page_bytes : v_offset) - padding);
   }
 }
 
@@ -99,8 +119,7 @@ void append(const CacheAppendParams& p, const Side& side, int64_t slot, int64_t 
     const int64_t take = std::min(count - done, pages.page_size - waiting);
     const RowsIn fresh = from_row(side.fresh, done);
     if (waiting + take == pages.page_size) {
-      const int64_t id = pages.page_table[slot * pages.table_width + length / pages.page_size];
-      fill_page(p, side, p.pool + id * pages.page_bytes, {side.tail, p.type, side.dim, 1}, waiting, fresh, rows);
+      fill_page(p, side, slot, length / pages.page_size, {{side.tail, p.type, side.dim, 1}, waiting, fresh}, rows);
     } else {
       copy_rows(fresh, take, side.dim, row_of(side.tail, p.type, waiting, side.dim), p.type);
     }
@@ -117,9 +136,7 @@ Side side_of(const CacheAppendParams& p, bool value, int64_t batch, int64_t head
   return {{static_cast<const char*>(x.data) + offset, p.type, x.seq, x.dim},
           dim,
           row_of(tail, p.type, (batch * p.kv_heads + head) * p.pages.page_size, dim),
-          value,
-          value ? p.pages.v_offset : 0,
-          value ? p.pages.page_bytes : p.pages.v_offset};
+          value};
 }
 
 }  // namespace

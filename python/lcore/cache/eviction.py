@@ -51,24 +51,29 @@ def check_pages(slots: Slots, layer: int, keep: Mask) -> None:
     held = between(0, lengths, keep.shape[-1])
     in_pages = between(0, lengths // size * size, keep.shape[-1])
     first = np.repeat(keep[..., ::size], size, axis=-1)[..., : keep.shape[-1]]
+    prefix = min(slots.layout.plain.prefix * size, keep.shape[-1])
+    rule = f"keep the first {prefix} tokens, which are not coded"
+    require(bool((keep | ~held)[..., :prefix].all()), "PagedCache.evict", "keep", rule, "some dropped")
     rule = f"keep or drop whole pages of {size} tokens, and keep the tail, where pages are coded"
     fits = np.array_equal(keep & in_pages, first & in_pages) and keep[held & ~in_pages].all()
     require(bool(fits), "PagedCache.evict", "keep", rule, "a page in parts")
 
 
 def _drop_pages(slots: Slots, layer: int, keep: Mask) -> None:
-    view, size = slots.layers[layer], slots.layout.page_size
+    view, size, plain = slots.layers[layer], slots.layout.page_size, slots.layout.plain
     full = view.host_lengths // size
-    held = between(0, full, view.host_table.shape[-1])
+    kept_pages = keep[..., ::size] & between(0, full, keep[..., ::size].shape[-1])
+    held = between(0, plain.columns(full, layer), view.host_table.shape[-1])
+    # Entries of a page of values: all of its parts.
+    owners = np.repeat(np.arange(full.max()), np.diff(plain.columns(np.arange(full.max() + 1), layer)))
     kept = np.zeros_like(held)
-    first_tokens = keep[..., ::size][..., : held.shape[-1]]
-    kept[..., : first_tokens.shape[-1]] = first_tokens
+    kept[..., : len(owners)] = kept_pages[..., owners]
     kept &= held
     dropped = view.host_table[held & ~kept]
     order = np.argsort(~kept, axis=-1, kind="stable")
     values = (
         np.take_along_axis(view.host_table, order, axis=-1),
-        view.host_lengths - (full - kept.sum(-1, dtype=np.int32)) * size,
+        view.host_lengths - (full - kept_pages.sum(-1, dtype=np.int32)) * size,
         _thinned(slots, layer, keep),
     )
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lcore.cache.checks import check_int
 from lcore.cache.codes import decode_codes
+from lcore.cache.plain_pages import PlainPages, plain_counts
 from lcore.errors import require, require_type
 
 # The numbers of csrc/core/page_format.h.
@@ -96,6 +98,12 @@ def parse_formats(function: str, kv_format: str | tuple[str, str]) -> tuple[Form
     return FORMATS[names[0]], FORMATS[names[1]]
 
 
+def is_coded(kv_format: str | tuple[str, str] | None) -> bool:
+    """Whether K or V is stored as codes; None is a model's dtype."""
+    names = (kv_format,) if isinstance(kv_format, str) else kv_format or ()
+    return any(name in FORMATS and not FORMATS[name].stores_values for name in names)
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """`page_size` tokens of one kv head: K, then V, each as its format stores it."""
@@ -105,6 +113,7 @@ class PageLayout:
     head_dim_v: int
     k: Format
     v: Format
+    plain: PlainPages
 
     @property
     def v_begin(self) -> int:
@@ -130,6 +139,16 @@ class PageLayout:
             self.v, v, True, self.head_dim_v, dtype
         )
 
+    def decode_parts(self, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `decode`, of parts of plain pages: page_size / parts tokens each."""
+        tokens, sides, begin = self.page_size // self.plain.parts, [], 0
+        for dim in (self.head_dim, self.head_dim_v):
+            end = begin + tokens * dim * self.plain.dtype.itemsize
+            values = pages[:, begin:end].contiguous().view(self.plain.dtype).unflatten(-1, (tokens, dim))
+            sides.append(_cast(values, dtype))
+            begin = _aligned(end)
+        return sides[0], sides[1]
+
     def _decode(self, format: Format, side: Tensor, value: bool, dim: int, dtype: torch.dtype) -> Tensor:
         if format.dtype is None:
             return decode_codes(format, side, value, self.page_size, dim).to(dtype)
@@ -138,17 +157,39 @@ class PageLayout:
 
 
 def page_layout(
-    function: str, head_dim: int, head_dim_v: int | None, kv_format: str | tuple[str, str], page_size: int
+    function: str,
+    head_dim: int,
+    head_dim_v: int | None,
+    kv_format: str | tuple[str, str],
+    page_size: int,
+    *,
+    num_layers: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    skip_layers: Sequence[int] = (),
+    fp_prefix: int = 0,
 ) -> PageLayout:
     """The layout from a caller's arguments, checked."""
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     check_int(function, "head_dim", head_dim, 1, _MAX_HEAD_DIM)
     check_int(function, "head_dim_v", head_dim_v, 1, _MAX_HEAD_DIM)
     check_int(function, "page_size", page_size, 1, _MAX_PAGE_SIZE)
-    layout = PageLayout(page_size, head_dim, head_dim_v, *parse_formats(function, kv_format))
+    k, v = parse_formats(function, kv_format)
+    stores_values = k.stores_values and v.stores_values
+    counts = plain_counts(function, num_layers, skip_layers, fp_prefix, page_size, stores_values)
+    layout = PageLayout(page_size, head_dim, head_dim_v, k, v, PlainPages(counts, 1, dtype))
     rule = f"be one of {_CODED_PAGE_SIZES} with kv_format {layout.k.name!r}, {layout.v.name!r}"
     require(layout.stores_values or page_size in _CODED_PAGE_SIZES, function, "page_size", rule, page_size)
-    return layout
+    return replace(layout, plain=replace(layout.plain, parts=_parts(layout, dtype))) if any(counts) else layout
+
+
+def _parts(layout: PageLayout, dtype: torch.dtype) -> int:
+    """The fewest equal parts of a page of values that pages of the pool can hold."""
+
+    def needed(parts: int) -> int:
+        tokens = layout.page_size // parts
+        return sum(_aligned(tokens * dim * dtype.itemsize) for dim in (layout.head_dim, layout.head_dim_v))
+
+    return next(parts for parts in (1 << i for i in range(10)) if needed(parts) <= layout.page_bytes)
 
 
 def _aligned(size: int) -> int:

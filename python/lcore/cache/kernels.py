@@ -34,6 +34,8 @@ def append_(pool: Tensor, layer: Layer, k: Tensor, v: Tensor, layout: PageLayout
         layout.v.name,
         layout.page_size,
         counts,
+        layer.plain_pages,
+        layout.plain.parts,
     )
 
 
@@ -106,6 +108,8 @@ def attend(
         softcap,
         alibi_slopes,
         sinks,
+        layer.plain_pages,
+        layout.plain.parts,
     )
 
 
@@ -141,6 +145,8 @@ def key_mass(
         lse,
         reduction,
         int(layer.host_lengths.max()),
+        layer.plain_pages,
+        layout.plain.parts,
     )
 
 
@@ -158,4 +164,6 @@ def page_bounds(pool: Tensor, layer: Layer, layout: PageLayout, first: int, last
         first,
         last,
         dtype_name(dtype),
+        layer.plain_pages,
+        layout.plain.parts,
     )

@@ -18,6 +18,8 @@ class Layer(NamedTuple):
     tail_v: torch.Tensor
     host_table: NDArray[np.int32]
     host_lengths: NDArray[np.int32]
+    number: int  # which layer
+    plain_pages: int  # the first pages of each slot that hold values where the formats are codes
 
 
 def between(first: NDArray[np.integer] | int, last: NDArray[np.integer], width: int) -> NDArray[np.bool_]:

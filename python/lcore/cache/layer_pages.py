@@ -8,6 +8,7 @@ from torch import Tensor
 from lcore.cache import kernels
 from lcore.cache.formats import PageLayout
 from lcore.cache.layer import Layer
+from lcore.cache.page_values import page_values
 
 
 class LayerPages:
@@ -26,11 +27,7 @@ class LayerPages:
 
     def keys(self, first: int, last: int) -> Tensor:
         """(batch, kv_heads, last - first, page_size, head_dim) float32, as they are stored."""
-        full = torch.from_numpy(self._layer.host_lengths // self.page_size)
-        exists = torch.arange(first, last) < full[..., None]
-        ids = self._layer.table[..., first:last].long().where(exists, 0)
-        k, _ = self._layout.decode(self._pool[ids.flatten()], torch.float32)
-        return k.unflatten(0, ids.shape)
+        return page_values(self._pool, self._layer, self._layout, first, last - first, torch.float32)[0]
 
     def mass(self, first: int, last: int) -> Tensor:
         """(batch, kv_heads, last - first, page_size) float32: attention observed so far, for one that `observes`."""

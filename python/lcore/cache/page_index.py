@@ -106,8 +106,11 @@ class PageIndex:
         size = slots.layout.page_size
         first = max(0, int(view.host_lengths.min()) - q.shape[1] - window) // size
         lengths = (view.lengths - first * size).clamp(min=0)
-        table = view.table[..., first:].contiguous()
-        near = view._replace(table=table, lengths=lengths, host_table=table.numpy(), host_lengths=lengths.numpy())
+        table = view.table[..., slots.layout.plain.columns(first, layer) :].contiguous()
+        near = view._replace(
+            table=table, lengths=lengths, host_table=table.numpy(), host_lengths=lengths.numpy(),
+            plain_pages=max(0, view.plain_pages - first),
+        )  # fmt: skip
         scores = ((window, 0), softmax_scale, softcap, None)
         seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum")
         shape = (*view.lengths.shape, int(view.host_lengths.max()))

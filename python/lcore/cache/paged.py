@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class PagedCache(LayerReader):
             mean is told by `lcore.cache.formats.Format`. Rounding is to nearest even.
         rotate: applies `lcore.hadamard` to q, k and v, and its inverse to the output: what is cached is rotated, so
             that outlier channels do not set the scale of coded pages. Products are the same but for rounding.
+        skip_layers: layers whose pages hold values of dtype where kv_format is coded. fp_prefix: so many tokens at the
+            begin of every slot, attention sinks among them, do too, in whole pages; they are never evicted.
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
         policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
@@ -70,10 +73,13 @@ class PagedCache(LayerReader):
         policy: Policy | None = None,
         select: Selection | None = None,
         head_dim_v: int | None = None,
+        skip_layers: Sequence[int] = (),
+        fp_prefix: int = 0,
     ) -> None:
-        layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size)
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
         check_options("PagedCache", sizes, dtype, device, rotate, max_bytes)
+        plain: dict[str, Any] = {"skip_layers": skip_layers, "fp_prefix": fp_prefix, "dtype": dtype}
+        layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size, num_layers=num_layers, **plain)
         check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
         check_selection("PagedCache", select, policy)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
@@ -81,7 +87,7 @@ class PagedCache(LayerReader):
         self.dtype, self.device = dtype, torch.device("cpu")
         self.kv_format = (layout.k.name, layout.v.name)
         self.page_size, self.max_bytes, self.rotate, self.policy = page_size, max_bytes, rotate, policy
-        self._select = select
+        self._select, self.skip_layers, self.fp_prefix = select, tuple(skip_layers), fp_prefix
         pool = PagePool(layout.page_bytes, max_bytes)
         shape = (num_layers, batch_size, num_kv_heads)
         self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
@@ -119,6 +125,11 @@ class PagedCache(LayerReader):
         check_selection("PagedCache", select, self.policy)
         self._open("PagedCache.select").forget_index()
         self._select = select
+
+    @property
+    def has_uniform_pages(self) -> bool:
+        """Whether every page is stored alike: there are neither skip_layers nor an fp_prefix."""
+        return self._open("PagedCache.has_uniform_pages").layout.plain.parts == 1
 
     def seen(self, layer: int = 0) -> Tensor:
         """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""

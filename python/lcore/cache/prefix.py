@@ -22,7 +22,7 @@ from lcore.errors import check_tensor, require
 
 _INTEGERS = (torch.int64, torch.int32)
 # What two caches may differ in and still have the same pages; every other setting is part of the namespace.
-_FREE_SETTINGS = ("_slots", "batch_size", "max_bytes")
+_FREE_SETTINGS = ("_slots", "_select", "batch_size", "max_bytes")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class PrefixCache:
         name = "PrefixCache.start"
         slots = cache._open(name)
         require(not slots.lengths.any(), name, "cache", "hold no tokens", f"lengths {cache.seen().tolist()}")
+        if slots.layout.plain.parts > 1:
+            raise NotImplementedError(
+                f"lcore.{name}: pages of values among codes cannot be shared yet; use skip_layers=() and fp_prefix=0"
+            )
         require(cache.max_bytes is None, name, "cache", "have max_bytes None", cache.max_bytes)
         require(len(prompts) == cache.batch_size, name, "prompts", f"have {cache.batch_size} rows", len(prompts))
         runs = [_runs(name, "prompts", tokens, len(tokens) - 1, cache.page_size) for tokens in prompts]

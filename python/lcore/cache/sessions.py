@@ -69,9 +69,9 @@ def save(
     try:
         # Pages that the cache holds are never written again, and this tensor outlives a pool that grows meanwhile.
         pool = slots.pool.data.numpy()
-        used = used_entries(slots.table.numpy(), slots.full_pages())
+        used = used_entries(slots.table.numpy(), slots.entries())
         ids, dense = np.unique(slots.table.numpy()[used], return_inverse=True)
-        table = np.zeros((*used.shape[:-1], int(slots.full_pages().max(initial=0))), dtype=np.int32)
+        table = np.zeros((*used.shape[:-1], int(slots.entries().max(initial=0))), dtype=np.int32)
         table[used[..., : table.shape[-1]]] = dense
         tensors["table"] = torch.from_numpy(table)
         write_session(name, held.path, strings, pool, ids, tensors)

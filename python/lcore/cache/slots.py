@@ -26,9 +26,10 @@ _GROWTH = 1.5
 class Slots:
     """Page tables, lengths and tails of all layers, over a pool; a slot is one (layer, sequence, kv head).
 
-    Token t of a slot is token t % page_size of page table[t // page_size], or, from the last multiple of page_size on,
-    of the tail. Entries of the table and of the tail beyond the length hold anything and are never read. Full pages are
-    never written again, so that other slots may name them too.
+    Token t of a slot is token t % page_size of its page t // page_size, named by table[t // page_size], or by `parts`
+    entries where a page holds values among codes; or, from the last multiple of page_size on, of the tail. Entries of
+    the table and of the tail beyond the length hold anything and are never read. Full pages are never written again, so
+    that other slots may name them too.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Slots:
             "score_bytes": self.scores.nbytes,
             "index_bytes": self.index.nbytes,
             "tokens": int(self.lengths.amax((0, 2)).sum()),
-            "pages": int(self.full_pages().sum()),
+            "pages": int(self.entries().sum()),
             "page_bytes": self.layout.page_bytes,
             "free_pages": self.pool.allocator.free_count,
             "bits_per_value": self.layout.bits_per_value,
@@ -118,8 +119,19 @@ class Slots:
         }
 
     def full_pages(self) -> NDArray[np.int32]:
-        """(layers, batch, kv_heads): pages that each slot holds."""
+        """(layers, batch, kv_heads): full pages that each slot has."""
         return self.lengths.numpy() // self.layout.page_size
+
+    def entries(self) -> NDArray[np.int32]:
+        """(layers, batch, kv_heads): pages of the pool that each slot holds, the first entries of its table."""
+        entries: NDArray[np.int32] = self.layout.plain.columns(self.full_pages())
+        return entries
+
+    def entries_for(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(layers, batch, kv_heads): the same once every slot of row b holds tokens[b] tokens."""
+        pages = np.broadcast_to(tokens[None, :, None] // self.layout.page_size, self.lengths.shape)
+        entries: NDArray[np.int64] = self.layout.plain.columns(pages)
+        return entries
 
     def append(self, function: str, layer: int, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor | None) -> None:
         """Appends counts[b] tokens (all, for None) of row b. All pages that will fill up are taken before any write."""
@@ -130,8 +142,9 @@ class Slots:
             rule = f"bring no head over {MAX_TOKENS} tokens"
             raise ValueError(message(function, "k", rule, f"{k.shape[1]} on top of {lengths.max()}"))
         before, after = lengths // self.layout.page_size, total // self.layout.page_size
+        entries = [self.layout.plain.columns(pages, layer) for pages in (before, after)]
         with self.pool.lock:
-            ids = self._take_pages(function, layer, before, after)
+            ids = self._take_pages(function, layer, *entries)
             if self.undo is not None and ids is not None:
                 filling = (after > before) & (lengths % self.layout.page_size > 0)
                 self.undo.save(layer, filling, lengths, self.tail_k[layer], self.tail_v[layer])
@@ -145,7 +158,7 @@ class Slots:
                     self.pool.allocator.release(ids)
 
     def _take_pages(self, function: str, layer: int, before: NDArray[np.int32], after: NDArray[np.int64]) -> Ids | None:
-        """Enters new pages before .. after - 1 of a layer's slots into the table; None when there are none."""
+        """Enters new pages as entries before .. after - 1 of a layer's slots into the table; None for none."""
         count = int((after - before).sum())
         if count == 0:
             return None
@@ -158,8 +171,9 @@ class Slots:
 
     def reserve(self, function: str, tokens: NDArray[np.int64]) -> None:
         """Room for every slot of row b to hold tokens[b] tokens, and no more than that."""
-        pages = tokens[None, :, None] // self.layout.page_size
-        self.make_room(function, int(pages.max()), int((pages - self.full_pages()).clip(min=0).sum()), exact=True)
+        entries = self.entries_for(tokens)
+        missing = (entries - self.entries()).clip(min=0).sum()
+        self.make_room(function, int(entries.max()), int(missing), exact=True)
 
     def hold(self, pages: Sequence[Ids]) -> None:
         """Begins row b, still empty, with the full pages `pages[b]` (n, layers * kv_heads): one reference more each."""
@@ -213,7 +227,7 @@ class Slots:
             self.pool.check_budget(function, self.nbytes, "for the fork's tables and tails")
             own = (self.table, self.lengths, self.tail_k, self.tail_v, self.seen, self.thinned)
             copies = [new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own]
-            self.pool.allocator.retain(self._ids(0, self.full_pages()))
+            self.pool.allocator.retain(self._ids(0, self.entries()))
             undo = None if self.undo is None else self.undo.copy(function)
             fork = Slots(self.pool, self.layout, *copies, scores=self.scores.copy(), undo=undo)
             fork.intact[:] = self.intact
@@ -245,7 +259,8 @@ class Slots:
                 ids = torch.from_numpy(self.table.numpy()[cut, kept[cut]])
                 where = torch.from_numpy(cut)
                 self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)
-            released = self._ids(kept, held)
+            columns = self.layout.plain.columns
+            released = self._ids(columns(kept), columns(held))
             self.intact &= (after == lengths).all(axis=(0, 2))
             new = (after, np.minimum(seen, limits), np.where(emptied, 0, thinned))
             assign([self.lengths, self.seen, self.thinned], [torch.from_numpy(x) for x in new])
@@ -263,12 +278,12 @@ class Slots:
         """Gives every page and the budget back."""
         with self.pool.lock:
             self.pool.holders.discard(self)
-            self.pool.allocator.release(self._ids(0, self.full_pages()))
+            self.pool.allocator.release(self._ids(0, self.entries()))
             self.pool.member_bytes -= self.nbytes
 
     def renumber(self, ids: Ids) -> None:
         """As `Holder`. The table is a new one, as wide as needed: who reads by the old one has the old pool too."""
-        full = self.full_pages()
+        full = self.entries()
         width = int(full.max())
         table = new_tensor("PagedCache.trim", (*full.shape, width), torch.int32).copy_(self.table[..., :width])
         used, host = between(0, full, width), table.numpy()
@@ -283,14 +298,20 @@ class Slots:
             return self.pool.data, self.layers[layer]
 
     def _ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
-        """Ids of the pages first .. last - 1 of every slot."""
+        """Ids in the entries first .. last - 1 of every slot."""
         table = self.table.numpy()
         return table[between(first, last, table.shape[-1])]
 
     def _views(self) -> list[Layer]:
         return [
-            Layer(*tensors, tensors[0].numpy(), tensors[1].numpy())
-            for tensors in zip(self.table, self.lengths, self.tail_k, self.tail_v, strict=True)
+            Layer(*tensors, tensors[0].numpy(), tensors[1].numpy(), number, plain)
+            for number, (tensors, plain) in enumerate(
+                zip(
+                    zip(self.table, self.lengths, self.tail_k, self.tail_v, strict=True),
+                    self.layout.plain.counts,
+                    strict=True,
+                )
+            )
         ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from torch import Tensor
 
 from lcore.cache.checks import MAX_TOKENS, check_int, row_limits
@@ -21,6 +24,11 @@ class Space(Handle):
         """
         slots, function = self._open("PagedCache.reserve"), "PagedCache.reserve"
         slots.reserve(function, row_limits(function, "tokens", tokens, self.batch_size, MAX_TOKENS))
+
+    def pages_for(self, tokens: Sequence[int]) -> int:
+        """Pages that all layers and heads hold once row b holds tokens[b] tokens."""
+        limits = np.array(tokens, dtype=np.int64)
+        return int(self._open("PagedCache.pages_for").entries_for(limits).sum(dtype=np.int64))
 
     def crop(self, n: int | Tensor) -> None:
         """Takes all tokens behind the first n seen from every row in every layer; who has seen no more stays as it is.

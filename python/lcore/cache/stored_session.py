@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Arguments of PagedCache that a file brings back; each is an attribute of the same name. max_bytes is the reader's.
 OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size",
-           "rotate")  # fmt: skip
+           "rotate", "skip_layers", "fp_prefix")  # fmt: skip
 TOKENS = "tokens."  # and the row: the tensor's name
 
 
@@ -133,7 +133,7 @@ class StoredSession:
                 rule = f"have {name} {dtype_name(own[name].dtype)} {shape}"
                 raise refusal(rule, f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}")
         table, lengths = self._tensors["table"].numpy(), self._tensors["lengths"].numpy()
-        pages = lengths // slots.layout.page_size
+        pages = slots.layout.plain.columns(lengths // slots.layout.page_size)
         if lengths.min() < 0 or pages.max() > table.shape[-1]:
             raise refusal("name a page for every full one", f"lengths up to {lengths.max()}")
         used = used_entries(table, pages)
@@ -150,7 +150,7 @@ def settings(cache: PagedCache) -> dict[str, Any]:
     """What a cache is made with, and what its pages look like, in JSON's types."""
     layout = cache._open("PagedCache.save").layout
     values = {name: getattr(cache, name) for name in OPTIONS}
-    values |= {f"page.{field.name}": getattr(layout, field.name) for field in fields(layout)}
+    values |= {f"page.{field.name}": getattr(layout, field.name) for field in fields(layout) if field.name != "plain"}
     values["page.bytes"] = layout.page_bytes
     return {name: _plain(value) for name, value in values.items()}
 

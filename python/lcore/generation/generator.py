@@ -53,6 +53,8 @@ class Generator:
                     the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
     select:         which pages its caches read, one of `lcore.selection` or one's own; None reads all. Not with a
                     policy, nor with speculate: a step that judges drafts reads pages for all of them together.
+    skip_layers, fp_prefix: layers, and first tokens of every layer, that are not coded; as PagedCache. Pages of such
+                    caches are not shared by prefix_reuse.
     context:        tokens a row for which a new cache makes room at once; "auto" is as many as fit into free memory,
                     at most config.max_position_embeddings; None is as many as a call needs.
     prefix_reuse:   whether a prompt that begins as one before is read from where they differ, a page's length exactly;
@@ -81,6 +83,8 @@ class Generator:
         prefix_reuse: bool | PrefixCache = True,
         speculate: str | Speculate | None = None,
         select: Selection | None = None,
+        skip_layers: Sequence[int] = (),
+        fp_prefix: int = 0,
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
@@ -92,6 +96,8 @@ class Generator:
         self.cache: PagedCache | None = None
         check_selection("Generator", select, policy)
         self.kv_format, self.policy, self.select = kv_format, policy, select
+        plain = {"skip_layers": tuple(skip_layers), "fp_prefix": fp_prefix}
+        self._plain: dict[str, Any] = {name: value for name, value in plain.items() if value}
         self.context = context
         self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
         self.speculate = speculation_of(speculate)
@@ -102,7 +108,7 @@ class Generator:
         self._warned = False
         if context is not None and context != "auto":
             check_int("context", context, at_least=1)
-            model_planner(model, 1, prefill_chunk).require_fits(context, kv_format)
+            model_planner(model, 1, prefill_chunk, **self._plain).require_fits(context, kv_format)
 
     def stream(
         self,
@@ -163,7 +169,7 @@ class Generator:
         with ExitStack() as undo:  # a session file that is in our hands when something is refused is let go
             saved: Session | None = None
             if session is not None:
-                cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, select=self.select)
+                cache = self._empty_cache(len(prompts))
                 saved = Session(session, self.model, cache, prompts)
                 undo.callback(saved.close)
                 known = saved.kept
@@ -233,11 +239,16 @@ class Generator:
                 raise
         return self._new_cache(prompts, max_new_tokens)
 
+    def _empty_cache(self, rows: int, **options: Any) -> PagedCache:
+        select = {} if self.select is None else {"select": self.select}
+        return self.model.new_cache(rows, kv_format=self.kv_format, **options, **select, **self._plain)
+
     def _new_cache(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
-        cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, policy=self.policy, select=self.select)
+        cache = self._empty_cache(len(prompts), policy=self.policy)
         reuse, known = None, [0] * len(prompts)
         as_read = self.select is None or not (self.select.prefill or self.select.observes)
-        if self.prefixes is not None and self.policy is None and as_read and isinstance(cache, PagedCache):
+        shared = as_read and self.policy is None and isinstance(cache, PagedCache) and cache.has_uniform_pages
+        if self.prefixes is not None and shared:
             reuse = Reuse(self.prefixes, self.model, cache, prompts, self.prefill_chunk)
             known = reuse.tokens
         self._make_room(cache, [len(p) - n + max_new_tokens for p, n in zip(prompts, known, strict=True)])
@@ -247,7 +258,7 @@ class Generator:
         """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
         config, model, rows = self.model.config, self.model, len(new_tokens)
         if self.context is not None and not cache.seen().any():
-            planner = model_planner(model, rows, self.prefill_chunk)
+            planner = model_planner(model, rows, self.prefill_chunk, **self._plain)
             new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
         chunk = min(self.prefill_chunk, max(new_tokens))
         logits = 1 if self.speculate is None else 1 + self.speculate.most

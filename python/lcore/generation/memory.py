@@ -108,23 +108,23 @@ def reserve(
     tokens_after = [seen + new for seen, new in zip(cache.seen().tolist(), new_tokens, strict=True)]
     if cache.policy is not None:
         tokens_after = [cache.policy.held_after(n, chunk, page_size) for n in tokens_after]
-    pages_after = [n // page_size for n in tokens_after]
-    heads = cache.num_layers * cache.num_kv_heads
-    wanted = max(0, heads * sum(pages_after) - int(cache.stats()["pages"]))
-    page_bytes = page_size * bytes_per_token(cache) // heads
+    whole_pages = [n // page_size * page_size for n in tokens_after]
+    wanted = max(0, cache.pages_for(whole_pages) - int(cache.stats()["pages"]))
+    page_bytes = int(cache.stats()["page_bytes"])
     needed, pool_bytes, free_pages = _growth(cache, wanted, page_bytes)
     if needed + workspace > free and make_free is not None:
         make_free(wanted)
         needed, pool_bytes, free_pages = _growth(cache, wanted, page_bytes)
     if needed + workspace > free:
         pages = max(0, free - workspace - pool_bytes) // page_bytes + free_pages
+        row_pages = cache.pages_for([n + page_size for n in whole_pages]) - cache.pages_for(whole_pages)
         context = f"{max(new_tokens):,} tokens" if rows == 1 else f"{rows} rows of up to {max(new_tokens):,} tokens"
         raise MemoryError(
             f"lcore.Generator: prompt + max_new_tokens must fit into memory: {context} need {needed + workspace:,} "
             f"bytes (cache {needed:,}, workspace {workspace:,}), {free:,} bytes are free; "
-            f"{pages // (heads * rows) * page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
+            f"{pages // row_pages * page_size:,} tokens{'' if rows == 1 else ' a row'} would fit"
         )
-    cache.reserve(torch.tensor(pages_after) * page_size)
+    cache.reserve(torch.tensor(whole_pages))
 
 
 def _growth(cache: PagedCache, pages: int, page_bytes: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import psutil
 import torch
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lcore.cache import PagedCache
 from lcore.cache.checks import MAX_TOKENS
-from lcore.cache.formats import FORMATS
+from lcore.cache.formats import FORMATS, is_coded
 from lcore.errors import dtype_name, require
 from lcore.generation.memory import free_bytes, workspace_bytes
 from lcore.models.loading import open_checkpoint
@@ -135,20 +135,22 @@ class Planner:
 def cache_bytes(cache: PagedCache, tokens: int) -> tuple[int, int]:
     """Bytes of an empty cache after `reserve(tokens)`: of its pages, and of its tails, tables and lengths."""
     stats = cache.stats()
-    slots = cache.num_layers * cache.batch_size * cache.num_kv_heads
-    pages = slots * (tokens // cache.page_size)
+    pages = cache.pages_for([tokens] * cache.batch_size)
     rest = int(stats["bytes"]) - int(stats["pool_bytes"]) + pages * torch.int32.itemsize
     return pages * int(stats["page_bytes"]), rest
 
 
-def model_planner(model: Decoder, batch: int, prefill_chunk: int, free: int | None = None) -> Planner:
-    """For a model that is loaded: weights that are mapped from files have still to come into memory."""
+def model_planner(model: Decoder, batch: int, prefill_chunk: int, free: int | None = None, **plain: Any) -> Planner:
+    """For a model that is loaded: weights that are mapped from files have still to come into memory.
+
+    plain: skip_layers and fp_prefix, for formats that are coded.
+    """
     mapped = mapped_bytes(list(model.parameters()))
     return Planner(
         model.config,
         model.dtype,
         mapped,
-        lambda kv_format: model.new_cache(batch, kv_format=kv_format),
+        lambda kv_format: model.new_cache(batch, kv_format=kv_format, **(plain if is_coded(kv_format) else {})),
         batch=batch,
         prefill_chunk=prefill_chunk,
         free=free,

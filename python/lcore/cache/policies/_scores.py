@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lcore.cache import kernels
+from lcore.cache.page_values import page_values
 from lcore.cache.slots import Slots
 
 _KEYS = 1024  # decoded at a time
@@ -23,28 +24,17 @@ def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]
     full, width = lengths // size, int(lengths.max())
     step = max(1, _KEYS // size)
     for first in range(0, -(-width // size), step):
-        ids = view.table[..., first : first + step].long()
         count = min(step, -(-width // size) - first)
-        # A slot's tail stands where its next page would; what else there is no page for is overwritten with zeros.
-        known = torch.nn.functional.pad(ids, (0, count - ids.shape[-1]))
         pages = first + torch.arange(count)
-        known = torch.where(pages < full[..., None], known, 0)
-        k, v = slots.layout.decode(pool[known.flatten()], torch.float32) if len(pool) else _no_pages(slots, known)
+        k, v = page_values(pool, view, slots.layout, first, count, torch.float32)
         held = (pages[:, None] * size + torch.arange(size)) < lengths[..., None, None]
         is_tail = (pages == full[..., None])[..., None, None]
         sides = []
         for side, tail in ((k, view.tail_k), (v, view.tail_v)):
-            values = side.unflatten(0, known.shape)
-            values = torch.where(is_tail, tail[:, :, None].float(), values).masked_fill(~held[..., None], 0)
+            # A slot's tail stands where its next page would; what else there is no page for is overwritten with zeros.
+            values = torch.where(is_tail, tail[:, :, None].float(), side).masked_fill(~held[..., None], 0)
             sides.append(values.flatten(2, 3)[:, :, : width - first * size])
         yield first * size, sides[0], sides[1]
-
-
-def _no_pages(slots: Slots, known: Tensor) -> tuple[Tensor, Tensor]:
-    layout = slots.layout
-    sizes = ((known.numel(), layout.page_size, dim) for dim in (layout.head_dim, layout.head_dim_v))
-    k, v = (torch.zeros(size) for size in sizes)
-    return k, v
 
 
 def key_mass_of(

@@ -53,7 +53,8 @@ def _kept(policy: Policy, slots: Slots, layer: LayerView) -> Tensor | None:
     index = torch.arange(int(sizes.max()))
     valid = index < sizes[..., None]
     first_free = (layer.lengths - policy.windows(budgets)).clamp(min=0)[..., None]
-    protected = ((index * unit < policy.sinks) | ((index + 1) * unit > first_free)) & valid
+    prefix = slots.layout.plain.prefix * layer.page_size  # values among codes are there to stay
+    protected = ((index * unit < max(policy.sinks, prefix)) | ((index + 1) * unit > first_free)) & valid
     sums = finite(scores)[..., : len(index) * unit].unflatten(-1, (len(index), unit)).sum(-1)
     room = (budgets - rest).clamp(min=0) // unit
     units = policy.select(sums, valid, protected, room)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcore.cache import kernels
+from lcore.cache.formats import PageLayout
 from lcore.cache.layer import Layer
 from lcore.cache.selection.base import Selection
 from lcore.cache.slots import Slots
@@ -68,8 +69,9 @@ def _pages(selection: Selection, call: Call) -> Pages:
     new = call.q.shape[1] if call.lengths is None else call.lengths.numpy()[:, None]
     ranked = np.minimum(full - selection.recent, (lengths - new) // size).clip(min=0).astype(np.int32)
     budget = _FIRST_PAGES if isinstance(selection.budget, float) else selection.budget
-    read = np.minimum(np.maximum(budget - (full - ranked), selection.sinks), ranked)
-    return Pages(ranked, full, read, selection.sinks)
+    sinks = max(selection.sinks, call.slots.layout.plain.prefix)  # the first pages stand first in a table
+    read = np.minimum(np.maximum(budget - (full - ranked), sinks), ranked)
+    return Pages(ranked, full, read, sinks)
 
 
 def _attend_some(selection: Selection, call: Call, pages: Pages) -> tuple[Tensor, Tensor]:
@@ -78,13 +80,13 @@ def _attend_some(selection: Selection, call: Call, pages: Pages) -> tuple[Tensor
     scores = _scores(selection, call, summaries, pages)
     chosen, unread = _choose(scores, pages)
     pool, view = slots.snapshot(layer)
-    out, lse = call.attend(pool, _as_if_only(view, chosen, pages, size))
+    out, lse = call.attend(pool, _as_if_only(view, chosen, pages, slots.layout))
     if isinstance(selection.budget, float):
         enough = np.maximum(pages.read, _pages_for(selection.budget, scores, pages, lse, size))
         if (enough > pages.read).any():
             pages = pages._replace(read=enough)
             chosen, unread = _choose(scores, pages)
-            out, lse = call.attend(pool, _as_if_only(view, chosen, pages, size))
+            out, lse = call.attend(pool, _as_if_only(view, chosen, pages, slots.layout))
     if selection.certified:
         slots.index.report(slots.pool, layer, _dropped(unread, lse, size))
     return out, lse
@@ -104,18 +106,28 @@ def _choose(scores: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
     return torch.ops.lcore.select_pages.default(scores, ranked, read, pages.sinks, int(pages.read.max()))
 
 
-def _as_if_only(view: Layer, chosen: Tensor, pages: Pages, size: int) -> Layer:
+def _as_if_only(view: Layer, chosen: Tensor, pages: Pages, layout: PageLayout) -> Layer:
     """The layer as if it held only these pages, those behind the ranked ones, and the tail."""
-    kept = pages.read + pages.full - pages.ranked
+    kept, size = pages.read + pages.full - pages.ranked, layout.page_size
     held = kept * size + view.host_lengths % size
     columns = np.arange(int(kept.max()))
     read = pages.read[..., None]
-    behind = np.minimum(pages.ranked[..., None] + columns - read, view.host_table.shape[-1] - 1)
+    behind = pages.ranked[..., None] + columns - read
     host = np.pad(chosen.numpy(), ((0, 0), (0, 0), (0, len(columns) - chosen.shape[-1])))
-    table = np.take_along_axis(view.host_table, np.where(columns < read, host, behind), axis=-1)
+    index = layout.plain.columns(np.where(columns < read, host, behind), view.number)
+    if layout.plain.parts > 1:
+        index = _with_parts(index, view.plain_pages, layout.plain.parts)
+    table = np.take_along_axis(view.host_table, index.clip(max=view.host_table.shape[-1] - 1), axis=-1)
     return view._replace(
         table=torch.from_numpy(table), lengths=torch.from_numpy(held), host_table=table, host_lengths=held
     )
+
+
+def _with_parts(index: NDArray[np.int32], plain_pages: int, parts: int) -> NDArray[np.int32]:
+    """All entries of the pages that begin at table entries `index`, of which the first plain_pages are plain."""
+    plain = min(plain_pages, index.shape[-1])
+    whole = index[..., :plain, None] + np.arange(parts, dtype=index.dtype)
+    return np.concatenate([whole.reshape(*index.shape[:-1], plain * parts), index[..., plain:]], axis=-1)
 
 
 def _pages_for(mass: float, scores: Tensor, pages: Pages, lse: Tensor, size: int) -> Counts:
