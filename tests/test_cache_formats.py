@@ -22,12 +22,12 @@ def pair(lengths, *, kv_heads=2, head_dim=64, dtype=torch.float32, **options):
     return cache, model
 
 
-def check(cache, model, q, lengths=None, **arguments):
-    got = cache.attend(0, q, lengths=lengths, **arguments)
-    want = model.attend(0, q, lengths=lengths, **arguments)
-    working = model.attend(0, q, lengths=lengths, precision=cache.dtype, **arguments).double()
+def check(cache, model, q, lengths=None, layer=0, **arguments):
+    got = cache.attend(layer, q, lengths=lengths, **arguments)
+    want = model.attend(layer, q, lengths=lengths, **arguments)
+    working = model.attend(layer, q, lengths=lengths, precision=cache.dtype, **arguments).double()
     # Factors are 16-bit integers under the largest of a row: 2^-16 of |q| times the extent of K, and 2^-16 of V.
-    largest = max(float(head[1].abs().max()) for row in model.tokens[0] for head in row if len(head[1]))
+    largest = max(float(head[1].abs().max()) for row in model.tokens[layer] for head in row if len(head[1]))
     slack = 2**-16 * (float(q.nan_to_num().abs().max()) * 8 + 2) * largest
     error, bound = (got.double() - want).abs().max(), 2 * (working - want).abs().max() + slack
     eps = torch.finfo(cache.dtype).eps

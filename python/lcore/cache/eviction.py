@@ -26,6 +26,8 @@ def evict(function: str, slots: Slots, layer: int, keep: Mask, *, whole_pages: b
     view = slots.layers[layer]
     held = between(0, view.host_lengths, keep.shape[-1])
     keep = keep & held
+    if np.array_equal(keep, held):
+        return
     with slots.pool.lock:
         if slots.undo is not None:
             slots.undo.forget(layer)

@@ -37,8 +37,8 @@ class PlainPages:
 
     @property
     def prefix(self) -> int:
-        """Pages that are plain in every layer."""
-        return min(self.counts)
+        """The first pages of every slot that are plain in layers that are not plain throughout."""
+        return min((count for count in self.counts if count < ALL_PAGES), default=0)
 
 
 def plain_counts(

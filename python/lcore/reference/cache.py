@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from lcore.reference.attention import attention
 from lcore.reference.hadamard import hadamard
 from lcore.reference.page_format import through_page
 
+_PLAIN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
 
 class PagedCache:
     """The values that lcore.PagedCache holds and attends to, without pages, tables or shared memory.
 
     A token waits in the cache's dtype until its page_size neighbours are there, and goes through the page format then,
-    once. A page that crop cuts open returns its tokens as they were rounded.
+    once. A page of values that crop cuts open returns its tokens as they were rounded; one of codes, as they came.
     """
 
     def __init__(
@@ -31,10 +34,13 @@ class PagedCache:
         page_size: int = 64,
         head_dim_v: int | None = None,
         rotate: bool = False,
+        skip_layers: Sequence[int] = (),
+        fp_prefix: int = 0,
     ) -> None:
         names = (kv_format, kv_format) if isinstance(kv_format, str) else kv_format
         self.dtype, self.page_size, self.rotate = dtype, page_size, rotate
         self.formats = names
+        self.skip_layers, self.fp_prefix = skip_layers, fp_prefix
         dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         # tokens[layer][row][head] = [k (n, head_dim), v (n, head_dim_v)], float64
         self.tokens = [
@@ -44,6 +50,7 @@ class PagedCache:
             ]
             for _ in range(num_layers)
         ]
+        self.raw = copy.deepcopy(self.tokens)  # the same as they came
         # positions[layer][row][head] (n,): which of the tokens seen they are
         self.positions = [[[torch.arange(0) for _ in row] for row in layer] for layer in self.tokens]
         self.seen = torch.zeros(num_layers, batch_size, dtype=torch.int64)
@@ -66,10 +73,18 @@ class PagedCache:
                 full = (len(head[0]) + new) // self.page_size * self.page_size
                 for side, x in enumerate((k, v)):
                     values = torch.cat([head[side], x[b, :new, h].double()])
+                    raw = self.raw[layer][b][h]
+                    raw[side] = torch.cat([raw[side][: len(head[side])], x[b, :new, h].double()])
                     for begin in range(full_before, full, self.page_size):
                         page = slice(begin, begin + self.page_size)
-                        values[page] = through_page(values[page].to(self.dtype), self.formats[side], side == 1)
+                        form = self._format(layer, begin, side)
+                        values[page] = through_page(values[page].to(self.dtype), form, side == 1)
                     head[side] = values
+
+    def _format(self, layer: int, begin: int, side: int) -> str:
+        """Of the page at token `begin`."""
+        plain = layer in self.skip_layers or begin < self.fp_prefix
+        return _PLAIN[self.dtype] if plain else self.formats[side]
 
     def attend(
         self,
@@ -146,8 +161,12 @@ class PagedCache:
         coded = torch.arange(len(mask))[mask] < len(mask) // self.page_size * self.page_size
         in_page = torch.arange(int(mask.sum())) < int(mask.sum()) // self.page_size * self.page_size
         self.positions[layer][b][h] = self.positions[layer][b][h][mask]
+        raw = self.raw[layer][b][h]
         for side, values in enumerate(head):
-            kept = values[mask]
+            kept, raw[side] = values[mask], raw[side][mask]
+            if self.formats[side] not in _PLAIN.values():  # whole pages go and stay; the tail is as it came
+                head[side] = torch.where(in_page[:, None], kept, raw[side])
+                continue
             fresh = through_page(kept.to(self.dtype), self.formats[side], side == 1)
             kept = torch.where((in_page & ~coded)[:, None], fresh, kept)
             # The page format may have rounded beyond the largest number of the cache's dtype.
