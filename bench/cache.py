@@ -1,9 +1,10 @@
-"""What a KV cache costs and loses by format: ``python -m bench.cache [--json FILE] [--plot FILE]``.
+"""What a KV cache costs and loses, by format and by policy: ``python -m bench.cache [--json FILE] [--plot FILE]``.
 
 Speed: one layer, bytes a token, the time of one new token and of a prefill chunk, each against bf16; the formats take
 turns. Quality: the bundled model reads real text in chunks through the cache, so that every prediction is made from
 stored keys and values; KL divergence from the same reading over an fp32 cache, and perplexity. Outliers: random normal
 keys and values of which a few channels are many times larger, the error of attention's output over exact attention.
+Policies: see bench/policies.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lcore
-from bench import plot
+from bench import plot, policies
 from bench.decode import FILL_CHUNK, Geometry
 from bench.machine import Row, peaks, result, write_json
 from bench.tables import show
@@ -120,6 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--kv-format", choices=list(FORMATS), nargs="+", default=list(FORMATS))
     parser.add_argument("--quality-tokens", type=int, default=8192, help="that the model reads; 0: no quality rows")
+    parser.add_argument("--policy-tokens", type=int, default=16384, help="of a prompt under a policy; 0: no such rows")
+    parser.add_argument("--policy-budget", type=int, default=2048, help="tokens that it keeps of each head")
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure, if its calls are short")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="draw loss over bits a value; needs the extra lcore[bench]")
@@ -142,6 +145,10 @@ def main(argv: list[str]) -> None:
     rows += outlier_rows(cases, min(args.tokens, 4096))
     if args.quality_tokens:
         rows += quality_rows(cases, args.quality_tokens)
+    if args.policy_tokens:
+        geometry = Geometry(args.heads, args.kv_heads, args.head_dim)
+        rows += policies.speed_rows(geometry, args.policy_tokens, args.policy_budget, args.seconds)
+        rows += policies.needle_rows(args.policy_tokens, args.policy_budget)
     content = result("cache", ceilings, rows)
     if args.json != "-":
         show(content)

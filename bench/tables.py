@@ -88,6 +88,17 @@ COLUMNS: dict[str, list[Column]] = {
         ("same best token", _show("same_top_1", "{:.2%}")), ("perplexity", _show("perplexity", "{:.4f}")),
         ("change", _show("perplexity_change", "{:+.3%}")),
     ],
+    "policy_speed": [
+        ("policy", _show("policy")), ("tokens", _show("tokens")), ("heads", _heads), ("head_dim", _show("head_dim")),
+        ("kept", _show("kept", "{:.0f}")), ("of tokens", _show("of_tokens", "{:.1%}")),
+        ("MB", _show("mbytes", "{:.1f}")), ("of bytes", _show("of_bytes", "{:.1%}")),
+        ("prompt s", _show("prefill_seconds", "{:.2f}")), ("over none", _show("prefill_ratio", "{:.2f}×")),
+        ("tokens/s", _show("tokens_per_s", "{:.0f}")),
+    ],
+    "policy_needles": [
+        ("policy", _show("policy")), ("tokens", _show("tokens")), ("kept", _show("kept", "{:.0f}")),
+        ("MB", _show("mbytes", "{:.1f}")), ("needles found", lambda row: f"{row['found']} of {row['of']}"),
+    ],
     "selection_speed": [
         ("reads", _show("select")), ("format", _show("kv_format")), ("tokens", _show("tokens")),
         ("of them read", _show("read_tokens")), ("heads", _heads), ("head_dim", _show("head_dim")),

@@ -19,9 +19,9 @@ struct KvPages {
   int64_t page_size;
   PageFormat k_format;
   PageFormat v_format;
-  int64_t plain_pages;     // kAllPages: every page, and the formats are plain
-  int64_t parts;           // of a plain page: page_size / parts tokens each
-  int64_t plain_v_offset;  // as v_offset, in a part
+  int64_t plain_pages = 0;     // kAllPages: every page, and the formats are plain
+  int64_t parts = 1;           // of a plain page: page_size / parts tokens each
+  int64_t plain_v_offset = 0;  // as v_offset, in a part
 
   // (batch, kv_heads, table_width): ids into pool, page by page, of plain pages all parts; entries past the length are
   // not read.
