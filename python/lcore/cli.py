@@ -88,7 +88,9 @@ def generate(
     prefill_chunk: Chunk = 2048,
     policy: Annotated[
         str | None,
-        typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048."),
+        typer.Option(
+            help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048,reindex=true."
+        ),
     ] = None,
     session: Annotated[
         Path | None,

@@ -10,12 +10,14 @@ from torch import Tensor
 from lcore.cache import sessions
 from lcore.cache.checks import check_int, check_options, check_states, row_counts
 from lcore.cache.formats import page_layout
+from lcore.cache.key_rope import check_rope
 from lcore.cache.policies.base import Policy, check_policy
 from lcore.cache.pool import PagePool
 from lcore.cache.reading import LayerReader
 from lcore.cache.sessions import Path, Strings
 from lcore.cache.slots import Slots
 from lcore.ops.hadamard import hadamard
+from lcore.positions import Rotation
 
 
 class PagedCache(LayerReader):
@@ -37,6 +39,10 @@ class PagedCache(LayerReader):
             that outlier channels do not set the scale of coded pages. Products are the same but for rounding.
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
+        rope: keys are given and stored before RoPE, and so are queries given: `attend` and `key_mass` read key i of a
+            head as rotated to position i, its place in the cache, and the last query of a head that holds m tokens as
+            rotated to m - 1. Where tokens were evicted, the others close up. A `lcore.positions.Rotation`, or one or
+            None for each layer; not with rotate. None: RoPE is the caller's.
         policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
 
     Raises:
@@ -66,11 +72,13 @@ class PagedCache(LayerReader):
         max_bytes: int | None = None,
         policy: Policy | None = None,
         head_dim_v: int | None = None,
+        rope: Rotation | Sequence[Rotation | None] | None = None,
     ) -> None:
         layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size)
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
         check_options("PagedCache", sizes, dtype, device, rotate, max_bytes)
         check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
+        self.rope = check_rope("PagedCache", rope, num_layers, head_dim, rotate=rotate, policy=policy)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
         self.dtype, self.device = dtype, torch.device("cpu")
@@ -104,7 +112,7 @@ class PagedCache(LayerReader):
         slots.append("PagedCache.append", layer, k, v, counts)
 
     def seen(self, layer: int = 0) -> Tensor:
-        """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""
+        """(batch,) int64: tokens appended to a layer in each row, evicted or not: the next one's place in the text."""
         return self._layer("PagedCache.seen", layer).seen[layer].clone()
 
     def lengths(self, layer: int) -> Tensor:

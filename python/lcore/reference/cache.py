@@ -7,16 +7,19 @@ import copy
 import torch
 from torch import Tensor
 
+from lcore.positions import Rotation
 from lcore.reference.attention import attention
 from lcore.reference.hadamard import hadamard
 from lcore.reference.page_format import through_page
+from lcore.reference.rope import rope
 
 
 class PagedCache:
     """The values that lcore.PagedCache holds and attends to, without pages, tables or shared memory.
 
     A token waits in the cache's dtype until its page_size neighbours are there, and goes through the page format then,
-    once. A page that crop cuts open returns its tokens as they were rounded.
+    once. A page that crop cuts open returns its tokens as they were rounded. With rope, keys are held before it and
+    read as rotated to their places in the list, the last query to the last place.
     """
 
     def __init__(
@@ -31,9 +34,10 @@ class PagedCache:
         page_size: int = 64,
         head_dim_v: int | None = None,
         rotate: bool = False,
+        rope: Rotation | None = None,
     ) -> None:
         names = (kv_format, kv_format) if isinstance(kv_format, str) else kv_format
-        self.dtype, self.page_size, self.rotate = dtype, page_size, rotate
+        self.dtype, self.page_size, self.rotate, self.rope = dtype, page_size, rotate, rope
         self.formats = names
         dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
         # tokens[layer][row][head] = [k (n, head_dim), v (n, head_dim_v)], float64
@@ -99,8 +103,8 @@ class PagedCache:
                 heads = slice(h * group, (h + 1) * group)
                 slopes = None if alibi_slopes is None else alibi_slopes.expand(len(rows), -1)[b, heads]
                 out[b, :new, heads] = attention(
-                    q[b : b + 1, :new, heads].to(precision),
-                    k[None, :, None].to(precision),
+                    self._turned(q[b : b + 1, :new, heads].to(precision), len(k) - new),
+                    self._turned(k[None, :, None].to(precision), 0),
                     v[None, :, None].to(precision),
                     causal=True,
                     window_size=window_size,
@@ -110,6 +114,14 @@ class PagedCache:
                     sinks=None if sinks is None else sinks[heads],
                 )[0][0]
         return hadamard(out, inverse=True) if self.rotate else out
+
+    def _turned(self, x: Tensor, first: int) -> Tensor:
+        """x (1, n, heads, head_dim) at places first, first + 1, ..."""
+        if self.rope is None:
+            return x
+        places, turn = first + torch.arange(x.shape[1]), self.rope
+        scaling, interleaved = turn.attention_scaling, turn.interleaved
+        return rope(x, places, turn.frequencies, attention_scaling=scaling, interleaved=interleaved)
 
     def crop(self, tokens: int | Tensor) -> None:
         """Takes what stands behind the first tokens seen of every row: one number, or (batch,) numbers."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lcore.cache import kernels
 from lcore.cache.slots import Slots
+from lcore.positions import Rotation
 
 _KEYS = 1024  # decoded at a time
 
@@ -48,7 +49,14 @@ def _no_pages(slots: Slots, known: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def key_mass_of(
-    slots: Slots, layer: int, q: Tensor, lse: Tensor, counts: Tensor, softmax_scale: float, softcap: float
+    slots: Slots,
+    layer: int,
+    q: Tensor,
+    lse: Tensor,
+    counts: Tensor,
+    softmax_scale: float,
+    softcap: float,
+    rope: Rotation | None,
 ) -> Tensor:
     """The attention that each key gets from the last queries of its row, summed over them and a group's heads.
 
@@ -57,9 +65,10 @@ def key_mass_of(
 
     Args:
         q: (batch, new, heads, head_dim); lse: (batch, heads, new) float32; counts: (batch,) real queries of each row.
+        rope: what keys that are stored before RoPE, and q, are rotated by.
 
     Returns: float32 (batch, kv_heads, longest slot), 0 behind a slot's last key.
     """
     pages, view = slots.snapshot(layer)
     scores = ((-1, -1), softmax_scale, softcap, None)
-    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum")
+    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum", rope)
