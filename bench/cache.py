@@ -1,10 +1,10 @@
 """What a KV cache costs and loses, by format and by policy: ``python -m bench.cache [--json FILE] [--plot FILE]``.
 
 Speed: one layer, bytes a token, the time of one new token and of a prefill chunk, each against bf16; the formats take
-turns. Quality: the bundled model reads real text in chunks through the cache, so that every prediction is made from
-stored keys and values; KL divergence from the same reading over an fp32 cache, and perplexity. Outliers: random normal
-keys and values of which a few channels are many times larger, the error of attention's output over exact attention.
-Policies: see bench/policies.py.
+turns, with bf16 keys before RoPE, which attention rotates, beside them. Quality: the bundled model reads real text in
+chunks through the cache, so that every prediction is made from stored keys and values; KL divergence from the same
+reading over an fp32 cache, and perplexity. Outliers: random normal keys and values of which a few channels are many
+times larger, the error of attention's output over exact attention. Policies: see bench/policies.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench.timer import median_seconds
 from lcore.cache.formats import FORMATS
 from lcore.evaluation.haystack import stdlib_text
 from lcore.evaluation.needle import BUNDLED_MODEL
+from lcore.positions import RopeConfig, Rotation
 
 Case = tuple[str, bool]  # format, rotate
 QUALITY_CHUNK = 64  # tokens a step: what is predicted from the chunk's own tokens is predicted from the tail
@@ -38,26 +39,29 @@ def speed_rows(geometry: Geometry, formats: list[str], tokens: int, chunk: int, 
         return torch.empty(1, seq, heads, geometry.head_dim, dtype=torch.bfloat16).normal_(generator=generator)
 
     caches = {}
-    for kv_format in formats:
-        cache = lcore.PagedCache(1, geometry.kv_heads, geometry.head_dim, kv_format=kv_format)
+    plain = ("bf16", False)
+    for case in (*((name, False) for name in formats), ("bf16", True)):
+        rope = Rotation.of(RopeConfig(), geometry.head_dim) if case[1] else None
+        cache = lcore.PagedCache(1, geometry.kv_heads, geometry.head_dim, kv_format=case[0], rope=rope)
         cache.reserve(tokens)
-        caches[kv_format] = cache
+        caches[case] = cache
     for begin in range(0, tokens, FILL_CHUNK):
         k, v = (normal(min(FILL_CHUNK, tokens - begin), geometry.kv_heads) for _ in range(2))
         for cache in caches.values():
             cache.append(0, k, v)
     one, many = normal(1, geometry.heads), normal(chunk, geometry.heads)
-    decode = median_seconds({name: partial(cache.attend, 0, one) for name, cache in caches.items()}, seconds)
-    prefill = median_seconds({name: partial(cache.attend, 0, many) for name, cache in caches.items()}, seconds)
+    decode = median_seconds({case: partial(cache.attend, 0, one) for case, cache in caches.items()}, seconds)
+    prefill = median_seconds({case: partial(cache.attend, 0, many) for case, cache in caches.items()}, seconds)
     rows = []
-    for name, cache in caches.items():
+    for case, cache in caches.items():
         stats = cache.stats()
         rows.append({
-            "kind": "cache_speed", "kv_format": name, "tokens": tokens, "heads": geometry.heads,
+            "kind": "cache_speed", "kv_format": case[0], "before_rope": case[1], "tokens": tokens,
+            "heads": geometry.heads,
             "kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim, "bits_per_value": stats["bits_per_value"],
-            "mbytes": stats["bytes"] / 1e6, "decode_ms": decode[name] * 1e3, "tokens_per_s": 1 / decode[name],
-            "decode_speedup": decode["bf16"] / decode[name], "chunk": chunk, "chunk_ms": prefill[name] * 1e3,
-            "chunk_ratio": prefill[name] / prefill["bf16"],
+            "mbytes": stats["bytes"] / 1e6, "decode_ms": decode[case] * 1e3, "tokens_per_s": 1 / decode[case],
+            "decode_speedup": decode[plain] / decode[case], "chunk": chunk, "chunk_ms": prefill[case] * 1e3,
+            "chunk_ratio": prefill[case] / prefill[plain],
         })  # fmt: skip
         cache.close()
     return rows

@@ -73,7 +73,8 @@ COLUMNS: dict[str, list[Column]] = {
         ("over enable_gqa", _show("speedup_gqa", "{:.1f}×")), ("over packed heads", _show("speedup_packed", "{:.2f}×")),
     ],
     "cache_speed": [
-        ("format", _show("kv_format")), ("tokens", _show("tokens")), ("heads", _heads), ("head_dim", _show("head_dim")),
+        ("format", _show("kv_format")), ("before RoPE", _yes("before_rope")), ("tokens", _show("tokens")),
+        ("heads", _heads), ("head_dim", _show("head_dim")),
         ("bits a value", _show("bits_per_value", "{:.2f}")), ("MB", _show("mbytes", "{:.1f}")),
         ("decode ms", _show("decode_ms", "{:.2f}")), ("tokens/s", _show("tokens_per_s", "{:.0f}")),
         ("over bf16", _show("decode_speedup", "{:.2f}×")), ("chunk", _show("chunk")),

@@ -54,7 +54,14 @@ class Twins:
             self.model.append(i, k, v, lengths=lengths)
 
     def check(
-        self, new: int, group: int = 1, lengths: Tensor | None = None, layer: int = 0, **arguments: Any
+        self,
+        new: int,
+        group: int = 1,
+        lengths: Tensor | None = None,
+        layer: int = 0,
+        *,
+        slack_ulp: float = 16,
+        **arguments: Any,
     ) -> Tensor:
         """attend() with random queries for the last `new` tokens, against the model; returns what the cache gave."""
         q = torch.randn(self.batch, new, self.kv_heads * group, self.head_dim).to(self.dtype)
@@ -66,7 +73,7 @@ class Twins:
         working = self.model.attend(layer, q, lengths=lengths, precision=torch.float32, **arguments)
         assert got.dtype == self.dtype
         # Few values: the largest error of either side is one draw.
-        assert_close(got, want, working.to(self.dtype), "attend", slack_ulp=16)
+        assert_close(got, want, working.to(self.dtype), "attend", slack_ulp=slack_ulp)
         if lengths is not None:
             for b, n in enumerate(lengths.tolist()):
                 assert not got[b, n:].any(), "padding rows must be 0"

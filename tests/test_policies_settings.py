@@ -52,9 +52,6 @@ SETTINGS = [
     (lambda: policies.CaM(99, seed=-1), ValueError, "CaM: seed must be an integer >= 0, got -1"),
     (lambda: policies.DuoAttention([[True]]), TypeError,
      "DuoAttention: full must be a bool tensor (layers, kv_heads), got [[True]]"),
-    (lambda: policies.StreamingLLM(99, reindex=True), NotImplementedError,
-     "StreamingLLM: reindex=True needs keys that are cached before RoPE, which is not there yet; "
-     "use reindex=False, which keeps the positions of the text"),
     (lambda: small_cache(policies.DuoAttention(torch.ones(3, 2).bool())), ValueError,
      "PagedCache: policy.full must have shape (layers, kv_heads) = (1, 2), got (3, 2)"),
     (lambda: small_cache(policies.H2O(99, unit=8)), ValueError,
@@ -66,7 +63,7 @@ SETTINGS = [
      "policies: policy must be one of adakv, cam, h2o, keydiff, keynorm, pyramidkv, snapkv, streamingllm, tova, vatp, "
      "got 'lru'"),
     (lambda: policies.parse_policy("h2o:size=3"), ValueError,
-     "policies: a setting of h2o must be one of budget, sinks, window, slack, unit, got 'size'"),
+     "policies: a setting of h2o must be one of budget, sinks, window, slack, unit, reindex, got 'size'"),
     (lambda: policies.parse_policy("h2o"), ValueError,
      "policies: policy must be given a budget, as in h2o:budget=2048, got 'h2o'"),
     (lambda: policies.parse_policy("h2o:budget"), ValueError,
@@ -90,7 +87,9 @@ def test_policies_from_text():
     assert type(ada) is policies.AdaKV and type(ada.policy) is policies.PyramidKV
     assert (ada.alpha, ada.budget, ada.policy.beta) == (0.5, 0.25, 10)
     assert type(policies.parse_policy("adakv:budget=300").policy) is policies.SnapKV
-    assert repr(policies.parse_policy("tova:budget=9")) == "TOVA(budget=9, sinks=0, window=0, slack=None, unit=None)"
+    assert repr(policies.parse_policy("tova:budget=9")) == (
+        "TOVA(budget=9, sinks=0, window=0, slack=None, unit=None, reindex=False)"
+    )
 
 
 class Newest(policies.Policy):

@@ -242,6 +242,11 @@ def test_a_cache_can_change_its_selection():
             ValueError,
             "select must be None with a policy",
         ),
+        (
+            lambda: lcore.PagedCache(1, 1, 8, select=Quest(8), rope=lcore.positions.Rotation((1.0,))),
+            NotImplementedError,
+            "use rope=None or select=None",
+        ),
         (lambda: lcore.PagedCache(1, 1, 8).dropped_mass(0), ValueError, "select must be one whose scores are bounds"),
         (lambda: lcore.PagedCache(1, 1, 8, select=Quest(8)).dropped_mass(0), ValueError, "must have been attended to"),
     ],

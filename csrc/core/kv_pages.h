@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/page_format.h"
+#include "core/rotation.h"
 
 namespace lcore {
 
@@ -31,9 +32,14 @@ struct KvPages {
   const void* tail_k;      // (batch, kv_heads, page_size, head_dim)
   const void* tail_v;      // (batch, kv_heads, page_size, head_dim_v)
 
+  // Of keys that are stored before RoPE, half 0 where they are stored after it: key i of a slot that holds m tokens is
+  // read as rotated to position i, and the last of the queries to m - 1.
+  Rotation rope;
+
   PageFormat format(bool value) const { return value ? v_format : k_format; }
   // How many entries of the table stand before those of a page.
   int64_t column(int64_t page) const { return page + (page < plain_pages ? page : plain_pages) * (parts - 1); }
+  bool before_rope() const { return rope.half > 0; }
   bool plain() const { return is_plain(k_format) && is_plain(v_format); }
 };
 

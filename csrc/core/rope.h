@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/attention.h"
+#include "core/rotation.h"
 
 namespace lcore {
 
@@ -13,16 +14,12 @@ struct RopeParams {
   int64_t seq;
   int64_t heads;
   int head_dim;
-  int half;               // rotated pairs; dims from 2 * half on pass through
+  Rotation rotation;
   const void* positions;  // (seq) or (batch, seq) of positions_type
   DType positions_type;
   int64_t positions_batch;  // elements between batches of positions, and between its rows
   int64_t positions_seq;
-  const void* inv_freq;  // [half] of inv_freq_type, radians a position
-  DType inv_freq_type;
-  double attention_scaling;  // multiplies cos and sin
-  bool interleaved;          // pairs (2m, 2m + 1); else (m, m + half)
-  bool inverse;              // rotates back
+  bool inverse;  // rotates back
 };
 
 }  // namespace lcore

@@ -48,15 +48,15 @@ inline void store_weights(uint32_t* p, Vec<float> v) {
 #endif
 }
 
-// Pairs of two rows: the first in the lower halves.
-inline Vec<uint32_t> pair_up(Vec<float> low, Vec<float> high) {
-  const auto round = [](Vec<float> v) {
-    const auto bits = reinterpret_cast<Vec<uint32_t>>(v);
-    const auto quiet = bits | 0x400000u;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : bits + 0x7fffu + ((bits >> 16) & 1u);
-  };
-  return (round(low) >> 16) | (round(high) & 0xffff0000u);
+// Rounded to nearest bfloat16, which stands in the upper halves; the lower ones are 0.
+inline Vec<uint32_t> round_bits(Vec<float> v) {
+  const auto bits = reinterpret_cast<Vec<uint32_t>>(v);
+  const auto quiet = bits | 0x400000u;
+  return ((bits & 0x7fffffffu) > 0x7f800000u ? quiet : bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
+
+// Pairs of two rows: the first in the lower halves.
+inline Vec<uint32_t> pair_up(Vec<float> low, Vec<float> high) { return (round_bits(low) >> 16) | round_bits(high); }
 
 #if defined(__AVX512BF16__) || defined(LCORE_EMULATE_BF16)
 inline constexpr bool kHasBF16Pairs = true;

@@ -52,4 +52,25 @@ inline void for_each_vector(In* panels, int64_t depth, int cols, int step, const
   }
 }
 
+// One row of what a panel of `width` columns holds, a vector of it: in pairs of bfloat16 it is half of each element.
+template <class M>
+inline Vec<typename M::Out> load_panel_row(const typename M::In* panel, int width, int row) {
+  const Vec<typename M::In> step = load(panel + int64_t{row / M::kPair} * width);
+  if constexpr (M::kPair == 2) {
+    return reinterpret_cast<Vec<float>>(row % 2 == 0 ? step << 16 : step & 0xffff0000u);
+  } else {
+    return step;
+  }
+}
+template <class M>
+inline void store_panel_row(typename M::In* panel, int width, int row, Vec<typename M::Out> value) {
+  typename M::In* step = panel + int64_t{row / M::kPair} * width;
+  if constexpr (M::kPair == 2) {
+    const Vec<uint32_t> bits = round_bits(value);
+    store(step, row % 2 == 0 ? (load(step) & 0xffff0000u) | bits >> 16 : (load(step) & 0xffffu) | bits);
+  } else {
+    store(step, value);
+  }
+}
+
 }  // namespace lcore::cpu::LCORE_ISA

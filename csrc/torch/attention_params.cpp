@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "torch/cache.h"
+#include "torch/rope.h"
 
 namespace lcore {
 
@@ -123,6 +124,9 @@ AttentionParams paged_params(const char* op, const Tensor& q, const CacheArgumen
           "tail_k must have q's batch, head_dim and dtype, got " + shape_text(tail_k));
   pages = kv_pages(op, cache.pool, cache.page_table, cache.kv_lengths, tail_k, tail_v, cache.k_format, cache.v_format,
                    cache.page_size, cache.plain_pages, cache.parts, {});
+  if (cache.inv_freq.has_value()) {
+    pages.rope = rotation_of(op, *cache.inv_freq, cache.attention_scaling, cache.interleaved, p.head_dim);
+  }
   p.pages = &pages;
   p.q_lengths = row_counts(op, lengths, p.batch, p.seq_q);
   p.lse_head = p.seq_q;

@@ -21,13 +21,17 @@ AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, c
                              double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k);
 
-// A paged cache's tensors and how its pages are coded, as the schemas of the ops that read it have them.
+// A paged cache's tensors and how its pages are coded, as the schemas of the ops that read it have them. With inv_freq
+// its keys are stored before RoPE.
 struct CacheArguments {
   const Tensor &pool, &page_table, &kv_lengths, &tail_k, &tail_v;
   const std::string &k_format, &v_format;
   int64_t page_size;
   int64_t plain_pages;
   int64_t parts;
+  const OptionalTensor& inv_freq;
+  double attention_scaling;
+  bool interleaved;
 };
 
 // The same for the last tokens of a cache's sequences, always causal. The tensors and `pages`, which is written, must

@@ -45,12 +45,15 @@ Tensor key_mass_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_length
                       std::string k_format, std::string v_format, int64_t page_size, OptionalTensor lengths,
                       std::vector<int64_t> window_size, double softmax_scale, double softcap,
                       OptionalTensor alibi_slopes, Tensor lse, std::string reduction, int64_t width,
-                      int64_t plain_pages, int64_t parts) {
+                      int64_t plain_pages, int64_t parts, OptionalTensor inv_freq, double attention_scaling,
+                      bool interleaved) {
   const char* op = "key_mass_paged";
+  const CacheArguments cache{pool,     page_table,        kv_lengths, tail_k,      tail_v,
+                             k_format, v_format,          page_size,  plain_pages, parts,
+                             inv_freq, attention_scaling, interleaved};
   KvPages pages;
-  const AttentionParams p = paged_params(
-      op, q, {pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, plain_pages, parts}, lengths,
-      window_size, softmax_scale, softcap, alibi_slopes, {}, pages);
+  const AttentionParams p =
+      paged_params(op, q, cache, lengths, window_size, softmax_scale, softcap, alibi_slopes, {}, pages);
   const int32_t longest = p.batch == 0 ? 0 : *std::max_element(pages.lengths, pages.lengths + p.batch * p.kv_heads);
   require(
       width >= longest, op,
@@ -69,8 +72,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
       "key_mass_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
       " str k_format, str v_format, int page_size, Tensor? lengths, int[] window_size, float softmax_scale,"
-      " float softcap, Tensor? alibi_slopes, Tensor lse, str reduction, int width, int plain_pages=0, int parts=1) -> "
-      "Tensor");
+      " float softcap, Tensor? alibi_slopes, Tensor lse, str reduction, int width, int plain_pages=0, int parts=1,"
+      " Tensor? inv_freq=None, float attention_scaling=1.0, bool interleaved=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {

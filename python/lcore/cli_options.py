@@ -19,7 +19,8 @@ KvFormat: TypeAlias = Annotated[
     ),
 ]
 Policy: TypeAlias = Annotated[
-    str | None, typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048.")
+    str | None,
+    typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048,reindex=true."),
 ]
 Select: TypeAlias = Annotated[
     str | None,

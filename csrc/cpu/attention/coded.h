@@ -1,4 +1,5 @@
-// Pages of integer codes in attention: the scores of the keys in them, and their values times the weights.
+// Pages of integer codes in attention: the scores of the keys in them, and their values times the weights. Codes cannot
+// be rotated: keys that are stored before RoPE are expanded (operands.h), and only values are read here.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +37,7 @@ struct CodedPages {
   bool value;
 
   static int count(const AttentionParams& p, const Sequence& s, bool value, int64_t key, int keys) {
-    if (p.pages == nullptr || !is_integer(p.pages->format(value))) return 0;
+    if (p.pages == nullptr || !is_integer(p.pages->format(value)) || (p.pages->before_rope() && !value)) return 0;
     if (key / p.pages->page_size < p.pages->plain_pages) return 0;
     const int64_t full = s.k_len / p.pages->page_size * p.pages->page_size;
     return static_cast<int>(std::clamp<int64_t>(full - key, 0, keys));

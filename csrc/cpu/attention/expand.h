@@ -1,4 +1,5 @@
-// Rows of a coded page as float, zero + scale * code, for products that read rows: fp8, and keys that are only scored.
+// Rows of a coded page as float, zero + scale * code, for products that read rows: fp8, keys that are only scored, and
+// keys that are rotated when they are read.
 #pragma once
 
 #include <algorithm>

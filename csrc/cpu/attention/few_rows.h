@@ -59,6 +59,7 @@ struct FewRows {
   int keys;
   int block;  // keys from this block to the next
   int rows;
+  const KeyRotation<M>* rotation;  // of keys, or nullptr
 
   // The bytes of `count` keys from `begin` on as if they were contiguous, for `steps` steps to ask for.
   struct Bytes {
@@ -79,7 +80,7 @@ struct FewRows {
     for (int begin = 0; begin < keys; begin += most) {
       const int count = std::min(most, keys - begin);
       const int cols = round_up_lanes<In>(count);
-      pack_keys_as_columns<M>(p, false, s, key + begin, count, panels);
+      pack_keys_as_columns<M>(p, false, s, key + begin, count, panels, nullptr, rotation);
       const Bytes bytes = next(false, key + block + begin, count, depth);
       const auto ahead = [&](int c) {
         return Ahead<Panels<In>>{{panels + c * depth, kPanel<In>, depth * kPanel<In>}, bytes.data, bytes.stride};

@@ -35,8 +35,11 @@ struct Buffers {
   T* rescale;               // [tile.rows]
   float* expanded;          // rows of a block whose pages are coded and not read as such
   CodedScratch coded;
+  std::optional<KeyRotation<M>> rotation;
   State<T> total;  // of all rows
   State<T> span;
+
+  const KeyRotation<M>* rotated() const { return rotation.has_value() ? &*rotation : nullptr; }
 };
 
 template <class M>
@@ -48,11 +51,13 @@ struct Plan {
   int ld_q;
   int ld_dim_v;
   int ld_scores;
+  std::optional<RotationTable<M>> rotation;
 
   Plan(const AttentionParams& p, int workers)
       : tile(forward_tile(std::max(p.head_dim, p.head_dim_v))),
         ld_q(round_up_lanes<In>(div_up(p.head_dim, M::kPair))),
-        ld_dim_v(round_up_lanes<T>(p.head_dim_v)) {
+        ld_dim_v(round_up_lanes<T>(p.head_dim_v)),
+        rotation(RotationTable<M>::of(p.pages)) {
     int64_t longest = 0, longest_keys = 0, all = 0;
     for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
       const Sequence s = sequence_of(p, i / p.kv_heads, i % p.kv_heads);
@@ -106,6 +111,7 @@ struct Plan {
       b.expanded = arena.take<float>(int64_t{tile.keys} * std::max(p.head_dim, p.head_dim_v));
       b.coded = CodedScratch::lay_out(tile.rows, p.pages->page_size, p.head_dim, p.head_dim_v, arena);
     }
+    if (rotation.has_value()) b.rotation = KeyRotation<M>::lay_out(*rotation, p.head_dim, arena);
     b.total = state();
     b.span = state();
     return b;
@@ -210,7 +216,7 @@ void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& ite
   const int k_first = k_codes.keys, v_first = v_codes.keys;
   const bool few = plan.few_rows(p);
   const bool in_place = few && values_in_place<M>(p, keys);
-  if (!few) pack_keys_as_columns<M>(p, false, s, key + k_first, keys - k_first, b.keys, b.expanded);
+  if (!few) pack_keys_as_columns<M>(p, false, s, key + k_first, keys - k_first, b.keys, b.expanded, b.rotated());
   if (!in_place) pack_keys_as_rows<M>(p, true, s, key + v_first, keys - v_first, b.values, b.expanded);
   std::optional<bool> finite;  // asked for where the mask cuts the block
   for (int first = 0; first < item.rows; first += plan.tile.rows) {
@@ -218,7 +224,7 @@ void reduce_block(const AttentionParams& p, const Plan<M>& plan, const Item& ite
     if (block.rows == 0) continue;
     const int at = static_cast<int>(block.row - item.row);
     const State<typename M::Out> state = b.span.at(at, plan.ld_dim_v);
-    const FewRows<M> few_rows{p, s, key, keys, plan.tile.keys, block.rows};
+    const FewRows<M> few_rows{p, s, key, keys, plan.tile.keys, block.rows, b.rotated()};
     if (few) {
       few_rows.multiply_keys(plan.queries(b, at), b.keys, b.scores, plan.ld_scores);
     } else {
@@ -311,7 +317,7 @@ KeyRange span_of(const Item& item, int64_t index) {
 template <class M>
 void load_query(const AttentionParams& p, const Plan<M>& plan, const Item& item, const Buffers<M>& b) {
   load_query_tile<M>(p.q, p.type, item.sequence, item.row, item.rows, p.head_dim,
-                     static_cast<typename M::Out>(p.softmax_scale), b.q, plan.ld_q);
+                     static_cast<typename M::Out>(p.softmax_scale), b.q, plan.ld_q, b.rotated());
 }
 
 // Few items and long keys (decode): every span of every item is a piece of work, partial states are merged at the end.

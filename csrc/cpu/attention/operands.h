@@ -1,11 +1,12 @@
 // How rows of a sequence come into the operands of the matrix products: queries row-major as A, keys and values as
-// packed panels of B, wherever they lie.
+// packed panels of B, wherever they lie; q and K are rotated there where K is stored before RoPE.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/attention/expand.h"
+#include "cpu/attention/key_rotation.h"
 #include "cpu/attention/sequence.h"
 #include "cpu/pack_columns.h"
 #include "cpu/rows.h"
@@ -96,7 +97,8 @@ inline void for_each_query_run(const Strided& x, DType type, const Sequence& s, 
 // Row-major tile[r], ld values of M::In: rows [row, row + rows) of a query-shaped tensor; widened ones times scale.
 template <class M>
 inline void load_query_tile(const Strided& x, DType type, const Sequence& s, int64_t row, int rows, int cols,
-                            typename M::Out scale, typename M::In* tile, int ld) {
+                            typename M::Out scale, typename M::In* tile, int ld,
+                            const KeyRotation<M>* rotation = nullptr) {
   for_each_query_run(x, type, s, row, rows, [&](const RowsIn& run, int offset, int count) {
     with_type(run.data, type, [&](const auto* src) {
       for (int r = 0; r < count; ++r) {
@@ -112,6 +114,7 @@ inline void load_query_tile(const Strided& x, DType type, const Sequence& s, int
       }
     });
   });
+  if (rotation != nullptr) rotation->rotate_queries(s, row, rows, tile, ld);
 }
 
 // The same rows as steps of panels over their columns.
@@ -126,12 +129,14 @@ inline void pack_query_rows(const Strided& x, DType type, const Sequence& s, int
 // Keys [begin, begin + keys) of K as columns of panels over head_dim.
 template <class M>
 inline void pack_keys_as_columns(const AttentionParams& p, bool value, const Sequence& s, int64_t begin, int keys,
-                                 typename M::In* panels, float* expanded = nullptr) {
+                                 typename M::In* panels, float* expanded = nullptr,
+                                 const KeyRotation<M>* rotation = nullptr) {
   const int dim = value ? p.head_dim_v : p.head_dim;
   const int cols = round_up_lanes<typename M::In>(keys);
   for_each_run(p, value, s, begin, keys, expanded, [&](const RowsIn& rows, int offset, int count) {
     pack_columns<M>(rows, count, dim, panels, cols, offset);
   });
+  if (rotation != nullptr) rotation->rotate_keys(panels, cols, begin);
 }
 
 // Keys [begin, begin + keys) of K or V as steps of panels over its columns; an odd last key is paired with zeros.

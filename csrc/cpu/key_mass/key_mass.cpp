@@ -8,6 +8,7 @@
 #include "core/key_mass.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "core/executor.h"
@@ -31,6 +32,9 @@ struct Buffers {
   T* tile;               // [ld_scores] what a tile of rows adds to the columns
   double* sums;          // [ld_scores]
   float* expanded;       // rows of K of a block whose pages are coded
+  std::optional<KeyRotation<M>> rotation;
+
+  const KeyRotation<M>* rotated() const { return rotation.has_value() ? &*rotation : nullptr; }
 };
 
 bool has_codes(const AttentionParams& p) { return p.pages != nullptr && !is_plain(p.pages->k_format); }
@@ -42,11 +46,13 @@ struct Plan {
   TileSize tile;
   int ld_q;
   int ld_scores;
+  std::optional<RotationTable<M>> rotation;
 
   explicit Plan(const AttentionParams& p)
       : tile(forward_tile(p.head_dim)),
         ld_q(round_up_lanes<In>(div_up(p.head_dim, M::kPair))),
-        ld_scores(odd_lines<T>(tile.keys)) {}
+        ld_scores(odd_lines<T>(tile.keys)),
+        rotation(RotationTable<M>::of(p.pages)) {}
 
   Buffers<M> lay_out(const AttentionParams& p, Arena& arena) const {
     Buffers<M> b{};
@@ -56,6 +62,7 @@ struct Plan {
     b.tile = arena.take<T>(ld_scores);
     b.sums = arena.take<double>(ld_scores);
     if (has_codes(p)) b.expanded = arena.take<float>(int64_t{tile.keys} * p.head_dim);
+    if (rotation.has_value()) b.rotation = KeyRotation<M>::lay_out(*rotation, p.head_dim, arena);
     return b;
   }
   int64_t scratch(const AttentionParams& p) const {
@@ -126,10 +133,10 @@ void add_tile(const KeyMassParams& params, const Plan<M>& plan, const Block& blo
   const AttentionParams& p = params.attention;
   const Sequence& s = block.s;
   const T scale = static_cast<T>(p.softmax_scale);
-  load_query_tile<M>(p.q, p.type, s, block.row, block.rows, p.head_dim, scale, b.q, plan.ld_q);
+  load_query_tile<M>(p.q, p.type, s, block.row, block.rows, p.head_dim, scale, b.q, plan.ld_q, b.rotated());
   const MatrixA<typename M::In> queries{b.q, plan.ld_q, 1};
   if (few) {
-    const FewRows<M> few_rows{p, s, block.key, block.keys, plan.tile.keys, block.rows};
+    const FewRows<M> few_rows{p, s, block.key, block.keys, plan.tile.keys, block.rows, b.rotated()};
     few_rows.multiply_keys(queries, b.keys, b.scores, plan.ld_scores);
   } else {
     multiply_by_columns<M>(p, block, queries, b.keys, div_up(p.head_dim, M::kPair), b.scores, plan.ld_scores);
@@ -158,7 +165,7 @@ void reduce_block(const KeyMassParams& params, const Plan<M>& plan, const Item& 
   const AttentionParams& p = params.attention;
   const Sequence& s = item.sequence;
   if (!item.few && item.rows.begin < item.rows.end) {
-    pack_keys_as_columns<M>(p, false, s, key, keys, b.keys, b.expanded);
+    pack_keys_as_columns<M>(p, false, s, key, keys, b.keys, b.expanded, b.rotated());
   }
   std::fill(b.sums, b.sums + keys, 0.0);
   std::fill(b.tile, b.tile + plan.ld_scores, params.largest ? -kInfinity<T> : T{0});

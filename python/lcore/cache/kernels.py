@@ -9,6 +9,7 @@ from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
 from lcore.cache.formats import PageLayout
 from lcore.cache.layer import Layer
 from lcore.errors import dtype_name
+from lcore.positions import Rotation
 
 
 def append_(pool: Tensor, layer: Layer, k: Tensor, v: Tensor, layout: PageLayout, counts: Tensor | None) -> None:
@@ -87,6 +88,7 @@ def attend(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    rope: Rotation | None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of q (batch, new, heads, head_dim), the last tokens of each row, over all that a layer holds.
 
@@ -110,6 +112,7 @@ def attend(
         sinks,
         layer.plain_pages,
         layout.plain.parts,
+        *_rope_arguments(rope),
     )
 
 
@@ -125,6 +128,7 @@ def key_mass(
     alibi_slopes: Tensor | None,
     lse: Tensor,
     reduction: str,
+    rope: Rotation | None,
 ) -> Tensor:
     """The attention that each key of a layer receives from q: (batch, kv_heads, tokens of the longest head)."""
     return torch.ops.lcore.key_mass_paged.default(
@@ -147,6 +151,7 @@ def key_mass(
         int(layer.host_lengths.max()),
         layer.plain_pages,
         layout.plain.parts,
+        *_rope_arguments(rope),
     )
 
 
@@ -167,3 +172,8 @@ def page_bounds(pool: Tensor, layer: Layer, layout: PageLayout, first: int, last
         layer.plain_pages,
         layout.plain.parts,
     )
+
+
+def _rope_arguments(rope: Rotation | None) -> tuple[Tensor | None, float, bool]:
+    """inv_freq, attention_scaling and interleaved of keys that are stored before RoPE."""
+    return (None, 1.0, False) if rope is None else (rope.frequencies, rope.attention_scaling, rope.interleaved)

@@ -112,7 +112,7 @@ class PageIndex:
             plain_pages=max(0, view.plain_pages - first),
         )  # fmt: skip
         scores = ((window, 0), softmax_scale, softcap, None)
-        seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum")
+        seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum", None)
         shape = (*view.lengths.shape, int(view.host_lengths.max()))
         mass = self._wide(function, slots.pool, self.mass, layer, shape, torch.float32)
         mass[..., first * size : shape[-1]] += seen

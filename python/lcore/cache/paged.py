@@ -11,6 +11,7 @@ from torch import Tensor
 from lcore.cache import sessions
 from lcore.cache.checks import check_int, check_options, check_states, row_counts
 from lcore.cache.formats import page_layout
+from lcore.cache.key_rope import check_rope
 from lcore.cache.policies.base import Policy, check_policy
 from lcore.cache.pool import PagePool
 from lcore.cache.reading import LayerReader
@@ -18,6 +19,7 @@ from lcore.cache.selection.base import Selection, check_selection
 from lcore.cache.sessions import Path, Strings
 from lcore.cache.slots import Slots
 from lcore.ops.hadamard import hadamard
+from lcore.positions import Rotation
 
 
 class PagedCache(LayerReader):
@@ -41,6 +43,10 @@ class PagedCache(LayerReader):
             begin of every slot, attention sinks among them, do too, in whole pages; they are never evicted.
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
         max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
+        rope: keys are given and stored before RoPE, and so are queries given: `attend` and `key_mass` read key i of a
+            head as rotated to position i, its place in the cache, and the last query of a head that holds m tokens as
+            rotated to m - 1. Where tokens were evicted, the others close up. A `lcore.positions.Rotation`, or one or
+            None for each layer; not with rotate. None: RoPE is the caller's.
         policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
         select: of `lcore.selection`, or one's own: which pages `attend` reads, while all are kept. Forks have it too.
             None reads all.
@@ -75,13 +81,15 @@ class PagedCache(LayerReader):
         head_dim_v: int | None = None,
         skip_layers: Sequence[int] = (),
         fp_prefix: int = 0,
+        rope: Rotation | Sequence[Rotation | None] | None = None,
     ) -> None:
         sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch_size": batch_size}
         check_options("PagedCache", sizes, dtype, device, rotate, max_bytes)
         plain: dict[str, Any] = {"skip_layers": skip_layers, "fp_prefix": fp_prefix, "dtype": dtype}
         layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size, num_layers=num_layers, **plain)
         check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
-        check_selection("PagedCache", select, policy)
+        check_selection("PagedCache", select, policy, rope)
+        self.rope = check_rope("PagedCache", rope, num_layers, head_dim, rotate=rotate, policy=policy)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
         self.dtype, self.device = dtype, torch.device("cpu")
@@ -122,7 +130,7 @@ class PagedCache(LayerReader):
 
     @select.setter
     def select(self, select: Selection | None) -> None:
-        check_selection("PagedCache", select, self.policy)
+        check_selection("PagedCache", select, self.policy, self.rope)
         self._open("PagedCache.select").forget_index()
         self._select = select
 
@@ -132,7 +140,7 @@ class PagedCache(LayerReader):
         return self._open("PagedCache.has_uniform_pages").layout.plain.parts == 1
 
     def seen(self, layer: int = 0) -> Tensor:
-        """(batch,) int64: tokens appended to a layer in each row, evicted or not: the position of the next one."""
+        """(batch,) int64: tokens appended to a layer in each row, evicted or not: the next one's place in the text."""
         return self._layer("PagedCache.seen", layer).seen[layer].clone()
 
     def lengths(self, layer: int) -> Tensor:

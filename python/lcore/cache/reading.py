@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lcore.cache import kernels
 from lcore.cache.checks import CPU, check_heads, check_int, check_places, check_states, row_counts
+from lcore.cache.key_rope import KeyRope, layer_rope
 from lcore.cache.layer import Layer
 from lcore.cache.policies.base import Policy
 from lcore.cache.policies.step import after_attention
@@ -23,6 +24,7 @@ from lcore.ops.attention_checks import check_scores
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import Reduction, check_reduction
 from lcore.ops.page_bounds import check_bound_type
+from lcore.positions import Rotation
 
 
 class LayerReader(Space):
@@ -32,8 +34,14 @@ class LayerReader(Space):
     head_dim: int
     dtype: torch.dtype
     rotate: bool
+    rope: KeyRope
     policy: Policy | None
     _select: Selection | None
+
+    def layer_rope(self, layer: int) -> Rotation | None:
+        """What a layer's keys and queries are rotated by when they are read; None where RoPE is the caller's."""
+        self._layer("PagedCache.layer_rope", layer)
+        return layer_rope(self.rope, layer)
 
     @overload
     def attend(
@@ -80,11 +88,12 @@ class LayerReader(Space):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the last tokens appended to a layer over all that it holds, causal.
 
-        Formula: `lcore.attention` with causal=True over the keys and values as stored.
+        Formula: `lcore.attention` with causal=True over the keys and values as stored; with `rope`, over keys and
+            queries rotated to their places in the cache.
 
         Args:
             q: (batch, new, heads, head_dim), dtype, any strides; heads is a multiple of num_kv_heads. Row i of n real
-                rows is the token at position held - n + i.
+                rows is the token at place held - n + i.
             lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
             window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
             return_lse: also return lse.
@@ -109,14 +118,15 @@ class LayerReader(Space):
         pages, view = self._snapshot(name, slots, layer, q, counts, window_size, alibi_slopes)
         scale, q = self._scale(softmax_scale), self._rotated(q.detach())
         scores = (window_size, scale, softcap, alibi_slopes)
+        rope = layer_rope(self.rope, layer)
         if self._select is not None and window_size[0] < 0 and alibi_slopes is None:
             call = selection_step.Call(name, slots, layer, q, counts, scale, softcap, sinks)
             out, lse = selection_step.attend(self._select, call)
         else:
-            out, lse = kernels.attend(pages, view, q, slots.layout, counts, *scores, sinks)
+            out, lse = kernels.attend(pages, view, q, slots.layout, counts, *scores, sinks, rope)
         # The tokens that a window or a slope measures distances to must all stay.
         if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
-            seen = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate)
+            seen = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate, rope=rope)
             after_attention(name, self.policy, slots, seen)
         out = hadamard(out, inverse=True) if self.rotate else out
         return (out, lse) if return_lse else out
@@ -136,7 +146,8 @@ class LayerReader(Space):
     ) -> Tensor:
         """How much attention each key that a layer holds receives from the last tokens appended to it.
 
-        Formula: `lcore.key_mass` with causal=True over the keys as stored. Nothing of size new x held is allocated.
+        Formula: `lcore.key_mass` with causal=True over the keys as `attend` reads them. Nothing of size new x held is
+            allocated.
 
         Args:
             q, lengths, window_size, softmax_scale, softcap, alibi_slopes: as `attend` for these tokens, or for the last
@@ -160,10 +171,8 @@ class LayerReader(Space):
         check_reduction(name, reduction)
         pages, view = self._snapshot(name, slots, layer, q, counts, window_size, alibi_slopes)
         scores = (window_size, self._scale(softmax_scale), softcap, alibi_slopes)
-        rotated = self._rotated(q.detach())
-        return kernels.key_mass(
-            pages, view, rotated, slots.layout, counts, *scores, lse.detach().contiguous(), reduction
-        )
+        q, lse, rope = self._rotated(q.detach()), lse.detach().contiguous(), layer_rope(self.rope, layer)
+        return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse, reduction, rope)
 
     def page_bounds(
         self, layer: int, first: int = 0, last: int | None = None, *, dtype: torch.dtype = torch.bfloat16
@@ -182,9 +191,16 @@ class LayerReader(Space):
         Returns:
             (batch, kv_heads, last - first, 2, head_dim), dtype; 0 for pages that a head does not have or that are not
             full.
+
+        Raises: NotImplementedError: keys before RoPE, whose channels no query is multiplied with.
         """
         name = "PagedCache.page_bounds"
         slots = self._layer(name, layer)
+        if layer_rope(self.rope, layer) is not None:
+            raise NotImplementedError(
+                f"lcore.{name}: no bounds of keys that are stored before RoPE, for channels change when they are "
+                "rotated; use key_mass, or a cache without rope"
+            )
         pages, view = slots.snapshot(layer)
         most = int(view.host_lengths.max()) // slots.layout.page_size
         last = most if last is None else last

@@ -51,7 +51,9 @@ class Space(Handle):
         slots.crop("PagedCache.crop", row_limits("PagedCache.crop", "n", n, self.batch_size))
 
     def evict(self, layer: int, keep: Tensor) -> None:
-        """Drops tokens from the middle of a layer: the others move together and keep their bits and positions.
+        """Drops tokens from the middle of a layer: the others move together and keep their bits.
+
+        Their positions too, unless the cache holds keys before RoPE (`rope`): then they are their new places.
 
         Pages that become free go back to the pool, `trim` gives them to the system. Pages shared with a fork are copied
         before they change.

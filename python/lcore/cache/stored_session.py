@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcore.cache.key_rope import rope_from_json
 from lcore.cache.session_file import SessionFile
 from lcore.cache.session_lock import SessionLock
 from lcore.errors import dtype_name, message, require
+from lcore.positions import Rotation
 
 if TYPE_CHECKING:
     from lcore.cache.paged import PagedCache
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 # Arguments of PagedCache that a file brings back; each is an attribute of the same name. max_bytes is the reader's.
 OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size",
-           "rotate", "skip_layers", "fp_prefix")  # fmt: skip
+           "rotate", "skip_layers", "fp_prefix", "rope")  # fmt: skip
 TOKENS = "tokens."  # and the row: the tensor's name
 
 
@@ -72,7 +74,8 @@ class StoredSession:
         from lcore.cache.paged import PagedCache  # which imports this module
 
         try:
-            options = {name: self.settings[name] for name in OPTIONS}
+            options = {name: self.settings[name] for name in OPTIONS if name != "rope"}
+            options["rope"] = rope_from_json(self.settings.get("rope"))  # which older files do not have
             options["dtype"] = getattr(torch, options["dtype"])
             if isinstance(options["kv_format"], list):
                 options["kv_format"] = tuple(options["kv_format"])
@@ -173,4 +176,6 @@ def _plain(value: Any) -> Any:
     """As JSON gives it back."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
+    if isinstance(value, Rotation):
+        return {name: _plain(part) for name, part in asdict(value).items()}
     return [_plain(part) for part in value] if isinstance(value, tuple) else getattr(value, "name", value)

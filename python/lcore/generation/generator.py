@@ -51,6 +51,7 @@ class Generator:
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
     policy:         which tokens its caches keep, one of `lcore.policies` or one's own; None keeps all. After the prompt
                     the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
+                    With reindex=True caches hold keys before RoPE, and positions are places in them.
     select:         which pages its caches read, one of `lcore.selection` or one's own; None reads all. Not with a
                     policy, nor with speculate: a step that judges drafts reads pages for all of them together.
     skip_layers, fp_prefix: layers, and first tokens of every layer, that are not coded; as PagedCache. Pages of such
@@ -180,7 +181,10 @@ class Generator:
                 held_at_once = [0] * len(prompts) if saved is None else saved.held
                 room = zip(prompts, held_at_once, strict=True)
                 self._make_room(cache, [max(len(p) + max_new_tokens, n) for p, n in room])
-            self._warn_beyond_training(max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens)
+            length = max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens
+            if cache.policy is not None and cache.policy.reindex:
+                length = cache.policy.held_after(length, self.prefill_chunk, cache.page_size)
+            self._warn_beyond_training(length)
             if saved is not None:
                 saved.load()
             self.cache = cache

@@ -9,10 +9,11 @@ import torch
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
+    from lcore.positions import Rotation
 
 
 class ActiveRows:
-    """What a model needs of a PagedCache, for the rows `index`: batch_size, seen, append and attend.
+    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append and attend.
 
     The model computes these rows only. Their keys, values and queries go to the whole cache with length 0 for the other
     rows, whose part of the tensors is neither written nor read.
@@ -22,6 +23,9 @@ class ActiveRows:
         self._cache = cache
         self._index = torch.tensor(index)
         self.batch_size = len(index)
+
+    def layer_rope(self, layer: int) -> Rotation | None:
+        return self._cache.layer_rope(layer)
 
     def seen(self, layer: int = 0) -> torch.Tensor:
         return self._cache.seen(layer)[self._index]

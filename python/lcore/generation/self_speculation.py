@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.generation.sampling import Sampling
     from lcore.models import Decoder
+    from lcore.positions import Rotation
 
-# From a fork of the cache, what the model drafts over: anything with batch_size, seen, append and attend.
+# From a fork of the cache, what the model drafts over: anything with batch_size, layer_rope, seen, append and attend.
 View: TypeAlias = "Callable[[PagedCache], Any]"
 
 
@@ -113,6 +114,9 @@ class RecentTokens:
         self._cache = cache
         self._left = window - 1
         self.batch_size = cache.batch_size
+
+    def layer_rope(self, layer: int) -> Rotation | None:
+        return self._cache.layer_rope(layer)
 
     def seen(self, layer: int = 0) -> torch.Tensor:
         return self._cache.seen(layer)

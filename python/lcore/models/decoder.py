@@ -114,8 +114,15 @@ class Decoder(torch.nn.Module):
         return self.lm_head.weight.device
 
     def new_cache(self, batch_size: int = 1, **options: Any) -> PagedCache:
-        """An empty PagedCache with this model's layers and heads; options as `lcore.PagedCache`."""
+        """An empty PagedCache with this model's layers and heads.
+
+        Options as `lcore.PagedCache`; rope=True holds keys before RoPE, to be read with this model's rotations, and is
+        the default for a policy with reindex=True.
+        """
         config = self.config
+        if options.setdefault("rope", getattr(options.get("policy"), "reindex", False)) in (True, False):
+            layers: Any = self.model.layers
+            options["rope"] = [layer.self_attn.rotary.rotation for layer in layers] if options["rope"] else None
         options.setdefault("kv_format", None)
         if options["kv_format"] is None:
             options["kv_format"] = _KV_FORMATS.get(self.dtype, "fp32")
@@ -192,6 +199,9 @@ class Decoder(torch.nn.Module):
     ) -> torch.Tensor:
         if positions is None:
             positions = next_positions(tokens.shape[1], tokens.device, cache)
+        elif cache is not None and any(map(cache.layer_rope, range(self.config.num_layers))):
+            rule = "be None with a cache that holds keys before RoPE and reads them at their places in it"
+            raise ValueError(message("Decoder", "positions", rule, "a tensor"))
         x: torch.Tensor = self.model(tokens, positions, cache, lengths)
         return x
 

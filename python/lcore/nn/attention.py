@@ -71,7 +71,7 @@ class Attention(torch.nn.Module):
         Args:
             x: (batch, seq, hidden_size).
             positions: (seq,) or (batch, seq) for the rotation; default 0 .. seq - 1 without a cache, and the
-                number of tokens seen onwards with one.
+                number of tokens seen onwards with one. Not read where the cache rotates (`PagedCache(rope=...)`).
             cache: keys and values of x are appended to it and all it holds is attended to; without one, x is all
                 there is and the call is differentiable.
             lengths: (batch,) tokens of each row that are real, the rest being padding on the right.
@@ -83,7 +83,7 @@ class Attention(torch.nn.Module):
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
+        if self.rotary is not None and (cache is None or cache.layer_rope(self.layer) is None):
             if positions is None:
                 positions = next_positions(x.shape[1], x.device, cache, self.layer)
             q, k = self.rotary(q, positions), self.rotary(k, positions)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lcore.ops import rope as rotate
-from lcore.positions import RopeConfig, rope_frequencies
+from lcore.positions import RopeConfig, Rotation, rope_frequencies
 
 
 class Rotary(torch.nn.Module):
@@ -27,6 +27,11 @@ class Rotary(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
         return rotate(x, positions, self.inv_freq, attention_scaling=self.attention_scaling, inverse=inverse)
+
+    @property
+    def rotation(self) -> Rotation:
+        """The same as plain numbers, for a cache that holds keys before RoPE."""
+        return Rotation(self.inv_freq, self.attention_scaling)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Rotary:
         # `.to(torch.bfloat16)` casts buffers: frequencies follow to the device, but stay float32.

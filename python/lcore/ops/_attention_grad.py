@@ -23,7 +23,14 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) 
 
 @torch.library.register_fake("lcore::attention_paged")
 def _attention_paged_fake(
-    q: Tensor, pool: Tensor, page_table: Tensor, kv_lengths: Tensor, tail_k: Tensor, tail_v: Tensor, *args: Any
+    q: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    kv_lengths: Tensor,
+    tail_k: Tensor,
+    tail_v: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     return _results(q, tail_v.shape[-1])
 

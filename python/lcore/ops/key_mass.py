@@ -104,8 +104,8 @@ def _fake(q: Tensor, k: Tensor, lse: Tensor, *args: Any, **kwargs: Any) -> Tenso
 
 
 @torch.library.register_fake("lcore::key_mass_paged")
-def _paged_fake(q: Tensor, pool: Tensor, page_table: Tensor, *args: Any) -> Tensor:
-    *_, lse, _, width = args
+def _paged_fake(q: Tensor, pool: Tensor, page_table: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    lse, _, width = args[11:14]
     return lse.new_empty((*page_table.shape[:2], width))
 
 

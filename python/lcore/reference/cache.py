@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lcore.positions import Rotation
 from lcore.reference.attention import attention
 from lcore.reference.hadamard import hadamard
 from lcore.reference.page_format import through_page
+from lcore.reference.rope import rope
 
 _PLAIN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -19,7 +21,8 @@ class PagedCache:
     """The values that lcore.PagedCache holds and attends to, without pages, tables or shared memory.
 
     A token waits in the cache's dtype until its page_size neighbours are there, and goes through the page format then,
-    once. A page of values that crop cuts open returns its tokens as they were rounded; one of codes, as they came.
+    once. A page of values that crop cuts open returns its tokens as they were rounded; one of codes, as they came. With
+    rope, keys are held before it and read as rotated to their places in the list, the last query to the last place.
     """
 
     def __init__(
@@ -36,9 +39,10 @@ class PagedCache:
         rotate: bool = False,
         skip_layers: Sequence[int] = (),
         fp_prefix: int = 0,
+        rope: Rotation | None = None,
     ) -> None:
         names = (kv_format, kv_format) if isinstance(kv_format, str) else kv_format
-        self.dtype, self.page_size, self.rotate = dtype, page_size, rotate
+        self.dtype, self.page_size, self.rotate, self.rope = dtype, page_size, rotate, rope
         self.formats = names
         self.skip_layers, self.fp_prefix = skip_layers, fp_prefix
         dims = (head_dim, head_dim if head_dim_v is None else head_dim_v)
@@ -114,8 +118,8 @@ class PagedCache:
                 heads = slice(h * group, (h + 1) * group)
                 slopes = None if alibi_slopes is None else alibi_slopes.expand(len(rows), -1)[b, heads]
                 out[b, :new, heads] = attention(
-                    q[b : b + 1, :new, heads].to(precision),
-                    k[None, :, None].to(precision),
+                    self._turned(q[b : b + 1, :new, heads].to(precision), len(k) - new),
+                    self._turned(k[None, :, None].to(precision), 0),
                     v[None, :, None].to(precision),
                     causal=True,
                     window_size=window_size,
@@ -125,6 +129,14 @@ class PagedCache:
                     sinks=None if sinks is None else sinks[heads],
                 )[0][0]
         return hadamard(out, inverse=True) if self.rotate else out
+
+    def _turned(self, x: Tensor, first: int) -> Tensor:
+        """x (1, n, heads, head_dim) at places first, first + 1, ..."""
+        if self.rope is None:
+            return x
+        places, turn = first + torch.arange(x.shape[1]), self.rope
+        scaling, interleaved = turn.attention_scaling, turn.interleaved
+        return rope(x, places, turn.frequencies, attention_scaling=scaling, interleaved=interleaved)
 
     def crop(self, tokens: int | Tensor) -> None:
         """Takes what stands behind the first tokens seen of every row: one number, or (batch,) numbers."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from lcore.cache import kernels
 from lcore.cache.page_values import page_values
 from lcore.cache.slots import Slots
+from lcore.positions import Rotation
 
 _KEYS = 1024  # decoded at a time
 
@@ -38,7 +39,14 @@ def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]
 
 
 def key_mass_of(
-    slots: Slots, layer: int, q: Tensor, lse: Tensor, counts: Tensor, softmax_scale: float, softcap: float
+    slots: Slots,
+    layer: int,
+    q: Tensor,
+    lse: Tensor,
+    counts: Tensor,
+    softmax_scale: float,
+    softcap: float,
+    rope: Rotation | None,
 ) -> Tensor:
     """The attention that each key gets from the last queries of its row, summed over them and a group's heads.
 
@@ -47,9 +55,10 @@ def key_mass_of(
 
     Args:
         q: (batch, new, heads, head_dim); lse: (batch, heads, new) float32; counts: (batch,) real queries of each row.
+        rope: what keys that are stored before RoPE, and q, are rotated by.
 
     Returns: float32 (batch, kv_heads, longest slot), 0 behind a slot's last key.
     """
     pages, view = slots.snapshot(layer)
     scores = ((-1, -1), softmax_scale, softcap, None)
-    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum")
+    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum", rope)

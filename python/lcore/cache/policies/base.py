@@ -29,6 +29,8 @@ class Policy:
             page_size. After several tokens at once, the chunk of a prompt, it is cut back at once.
         unit: what is dropped as one, 1 or page_size tokens; default 1 where pages store values. Coded pages can only be
             dropped whole, by the sum of their scores; the tokens of the last page, while it is not full, stay then.
+        reindex: positions are places in the cache, not in the text: those that stay close up. It needs a cache with
+            keys before RoPE (`rope`), which a model's `new_cache` and a generator make for such a policy by themselves.
     """
 
     shares_budget = False  # whether the kv heads of a layer have one budget together
@@ -41,6 +43,7 @@ class Policy:
         window: int = 64,
         slack: int | None = None,
         unit: int | None = None,
+        reindex: bool = False,
     ) -> None:
         name = type(self).__name__
         rule = "be an integer >= 1, a fraction in (0, 1] or math.inf"
@@ -54,10 +57,12 @@ class Policy:
             check_int(name, "slack", slack, 0)
         if unit is not None:
             check_int(name, "unit", unit, 1)
+        require_type(isinstance(reindex, bool), name, "reindex", "be a bool", repr(reindex))
         if not is_fraction:
             rule = f"be >= sinks + window = {sinks + window}, which are never dropped"
             require(budget >= sinks + window, name, "budget", rule, budget)
         self.budget, self.sinks, self.window, self.slack, self.unit = budget, sinks, window, slack, unit
+        self.reindex = reindex
 
     def scores(self, layer: LayerView) -> Tensor:
         """(batch, kv_heads, keys): the larger, the longer a key is kept. Behind a slot's last key nothing is read."""

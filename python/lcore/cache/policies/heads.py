@@ -35,7 +35,8 @@ class AdaKV(Policy):
         require(not isinstance(policy, (AdaKV, DuoAttention)), "AdaKV", "policy", rule, repr(policy))
         check_number("AdaKV", "alpha", alpha, least=0)
         require(alpha <= 1, "AdaKV", "alpha", "be <= 1", alpha)
-        super().__init__(policy.budget, sinks=policy.sinks, window=policy.window, slack=policy.slack, unit=policy.unit)
+        common = {name: getattr(policy, name) for name in ("sinks", "window", "slack", "unit", "reindex")}
+        super().__init__(policy.budget, **common)
         self.policy, self.alpha = policy, alpha
 
     def observe(self, layer: LayerView) -> None:
@@ -71,7 +72,7 @@ class DuoAttention(StreamingLLM):
     Args:
         full: (layers, kv_heads) bool, the heads that keep every token.
         sinks, recent: first and last tokens that the other heads keep.
-        slack, unit: as `Policy`.
+        slack, unit, reindex: as `Policy`.
     """
 
     def __init__(self, full: Tensor, *, sinks: int = 64, recent: int = 256, **options: Any) -> None:

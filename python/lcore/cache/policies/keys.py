@@ -34,7 +34,7 @@ class KeyDiff(Policy):
 
     def scores(self, layer: LayerView) -> Tensor:
         total: Tensor | float = 0.0
-        for _, k, _ in layer.chunks():
+        for k, _ in layer.plain_chunks():
             total = total + normalize(k.double(), dim=-1).sum(2, keepdim=True)
         direction = normalize(torch.as_tensor(total), dim=-1)
         return layer.per_key(lambda k, v: -(normalize(k.double(), dim=-1) * direction).sum(-1).float())

@@ -74,18 +74,11 @@ class StreamingLLM(Policy):
 
     Formula: the first `sinks` tokens and the last budget - sinks
 
-    Args:
-        reindex: positions are places in the cache, not in the text. It needs keys that are stored before RoPE.
-        Others: as `Policy`.
+    Args: as `Policy`; reindex=True gives the paper's positions, which never grow beyond what is kept.
     """
 
-    def __init__(self, budget: float, *, sinks: int = 4, reindex: bool = False, **options: Any) -> None:
+    def __init__(self, budget: float, *, sinks: int = 4, **options: Any) -> None:
         super().__init__(budget, sinks=sinks, window=0, **options)
-        if reindex:
-            raise NotImplementedError(
-                "lcore.StreamingLLM: reindex=True needs keys that are cached before RoPE, which is not there yet; "
-                "use reindex=False, which keeps the positions of the text"
-            )
 
     def scores(self, layer: LayerView) -> Tensor:
         return torch.arange(layer.keys).expand(layer.valid.shape)

@@ -10,6 +10,8 @@ from torch import Tensor
 from lcore.cache.policies._scores import key_chunks, key_mass_of
 from lcore.cache.slots import Slots
 from lcore.ops.hadamard import hadamard
+from lcore.ops.rope import rope as turn
+from lcore.positions import Rotation
 
 
 class LayerView:
@@ -33,6 +35,7 @@ class LayerView:
         softcap: float,
         *,
         rotated: bool = False,
+        rope: Rotation | None = None,
     ) -> None:
         self.index, self.num_layers = index, len(slots.layers)
         self.lengths = slots.layers[index].lengths.long()
@@ -43,7 +46,7 @@ class LayerView:
         self.remembered = dict(slots.scores.layers[index])
         self._slots, self._q, self._lse = slots, q, lse
         self._scoring = (softmax_scale, softcap)
-        self._rotated = rotated
+        self._rotated, self._rope = rotated, rope
 
     @property
     def valid(self) -> Tensor:
@@ -63,22 +66,27 @@ class LayerView:
             q = q.gather(1, rows[..., None, None].expand(-1, -1, *q.shape[2:]))
             lse = lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
             counts = counts.clamp(max=window)
-        return key_mass_of(self._slots, self.index, q, lse, counts, *self._scoring)
+        return key_mass_of(self._slots, self.index, q, lse, counts, *self._scoring, self._rope)
 
     def per_key(self, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(batch, kv_heads, keys) float32: score(k, v) of keys and values (batch, kv_heads, n, dim), n at a time."""
-        parts = []
-        for _, k, v in self.chunks():
-            plain = (hadamard(k, inverse=True), hadamard(v, inverse=True)) if self._rotated else (k, v)
-            parts.append(score(*plain))
+        parts = [score(k, v) for k, v in self.plain_chunks()]
         return torch.cat(parts, dim=-1) if parts else torch.zeros(self.valid.shape)
 
     def chunks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Keys and values in order: index of the first, k and v (batch, kv_heads, n, dim) float32, 0 where invalid.
 
-        As they are stored: rotated where the cache rotates.
+        As they are stored: under the Hadamard transform where the cache rotates, before RoPE where it has rope.
         """
         return key_chunks(self._slots, self.index)
+
+    def plain_chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same k and v as attention means them: before the Hadamard transform, after RoPE."""
+        for first, k, v in self.chunks():
+            if self._rotated:
+                yield hadamard(k, inverse=True), hadamard(v, inverse=True)
+            else:
+                yield k if self._rope is None else _turned(k, first, self._rope), v
 
     def recall(self, name: str) -> Tensor:
         """(batch, kv_heads, keys) float32: what was remembered of each key, 0 for keys that are new since."""
@@ -90,3 +98,12 @@ class LayerView:
     def remember(self, name: str, values: Tensor) -> None:
         """Keeps a number of each key until it is evicted: (batch, kv_heads, keys). Forks take a copy along."""
         self.remembered[name] = values.float().masked_fill(~self.valid, 0)
+
+
+def _turned(k: Tensor, first: int, rope: Rotation) -> Tensor:
+    """k (batch, kv_heads, n, head_dim) rotated to positions first, first + 1, ..."""
+    positions = torch.arange(first, first + k.shape[2])
+    rows = k.transpose(1, 2)
+    return turn(
+        rows, positions, rope.frequencies, attention_scaling=rope.attention_scaling, interleaved=rope.interleaved
+    ).transpose(1, 2)

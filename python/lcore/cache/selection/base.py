@@ -73,11 +73,16 @@ class Selection:
         return f"{type(self).__name__}({settings})"
 
 
-def check_selection(function: str, select: Any, policy: object) -> None:
-    """None, or a selection, beside a cache that evicts nothing by itself."""
+def check_selection(function: str, select: Any, policy: object, rope: object = None) -> None:
+    """None, or a selection, beside a cache that evicts nothing by itself and whose keys carry their positions."""
     if select is None:
         return
     if not isinstance(select, Selection):
         raise TypeError(message(function, "select", "be an lcore.selection.Selection or None", repr(select)))
     rule = "be None with a policy, whose scores need the attention over all keys"
     require(policy is None, function, "select", rule, repr(select))
+    if rope is not None:
+        raise NotImplementedError(
+            f"lcore.{function}: pages whose keys are before RoPE cannot be read apart from the others yet; "
+            "use rope=None or select=None"
+        )

@@ -35,7 +35,7 @@ class Call(NamedTuple):
     sinks: Tensor | None
 
     def attend(self, pool: Tensor, view: Layer) -> tuple[Tensor, Tensor]:
-        scores = ((-1, -1), self.softmax_scale, self.softcap, None, self.sinks)
+        scores = ((-1, -1), self.softmax_scale, self.softcap, None, self.sinks, None)
         return kernels.attend(pool, view, self.q, self.slots.layout, self.lengths, *scores)
 
 
