@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lcore.cache.checks import CPU
 from lcore.cache.kernels import compact_
-from lcore.cache.layer import between
+from lcore.cache.layer import Layer, between
 from lcore.cache.pool import Ids
 from lcore.cache.slots import Slots, assign
 from lcore.errors import check_tensor, require
@@ -89,6 +89,8 @@ def _compact(function: str, slots: Slots, layer: int, keep: Mask) -> None:
     dropped = view.host_table[shared | between(counts // size, before // size, view.host_table.shape[-1])]
     new_table = view.host_table.copy()
     new_table[shared] = fresh
+    slots.touch(layer)
+    slots.pool.touch(new_table[_written(view, keep, size)], writes=True)
     offsets = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
     tokens = np.nonzero(keep)[-1].astype(np.int32)
     arguments = [torch.from_numpy(x) for x in (new_table, tokens, offsets)]
@@ -106,13 +108,18 @@ def _compact(function: str, slots: Slots, layer: int, keep: Mask) -> None:
 def _fresh_pages(function: str, slots: Slots, layer: int, keep: Mask) -> tuple[Ids, Mask]:
     """New pages for those that will be written and that others hold too, and a mask of these in the table."""
     view, size = slots.layers[layer], slots.layout.page_size
-    unmoved = np.where(keep.all(-1), keep.shape[-1], keep.argmin(-1))  # tokens before the first one dropped
-    last = np.where(unmoved == view.host_lengths, 0, keep.sum(-1) // size)
-    shared = between(unmoved // size, last, view.host_table.shape[-1])
+    shared = _written(view, keep, size)
     shared[shared] = slots.pool.allocator.refcounts(view.host_table[shared]) > 1
     count = int(shared.sum())
     slots.make_room(function, 0, count)
     return slots.pool.allocator.allocate(count), shared
+
+
+def _written(view: Layer, keep: Mask, size: int) -> Mask:
+    """Mask over the table: places whose pages change, from the first token dropped to the last kept full page."""
+    unmoved = np.where(keep.all(-1), keep.shape[-1], keep.argmin(-1))
+    last = np.where(unmoved == view.host_lengths, 0, keep.sum(-1) // size)
+    return between(unmoved // size, last, view.host_table.shape[-1])
 
 
 def _thinned(slots: Slots, layer: int, keep: Mask) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lcore.cache import sessions
 from lcore.cache.checks import check_int, check_options, check_states, row_counts
 from lcore.cache.formats import page_layout
+from lcore.cache.overflow import Folder, Overflow, overflow_folder
 from lcore.cache.policies.base import Policy, check_policy
 from lcore.cache.pool import PagePool
 from lcore.cache.reading import LayerReader
@@ -36,17 +37,22 @@ class PagedCache(LayerReader):
         rotate: applies `lcore.hadamard` to q, k and v, and its inverse to the output: what is cached is rotated, so
             that outlier channels do not set the scale of coded pages. Products are the same but for rounding.
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
-        max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
+        max_bytes: limit on what this cache and its forks hold in memory together; MemoryError before it is exceeded.
+        overflow: a folder on a disk, or True for $TMPDIR or else /var/tmp: pages that max_bytes leaves no room for are
+            in a file there, without a name, that is gone with the cache. Those used last stay in memory, and what a
+            call reads is fetched. Needs max_bytes, and Linux.
         policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
 
     Raises:
         TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
-        system has no room. A call that raises one of these has changed nothing, and the cache can be used on.
+        system has no room. OSError: the folder or the disk of overflow. A call that raises one of these has changed
+        nothing, and the cache can be used on.
 
     Memory: the pool grows to half more than it was by copying, so that for a moment both are held; `reserve` makes it
         exact and once. Forks share the pool and its full pages; tables and tails are their own. Pages go back to the
         pool when the last cache that holds them is closed or garbage-collected, the pool to the system with the last
-        cache of the family.
+        cache of the family. With overflow the pool grows without a copy; while a call works, what it reads of one head
+        is in memory even where that alone exceeds max_bytes.
     Threads: forks of one family may be used by different threads; one cache by one thread at a time.
     Gradients: none are kept.
     """
@@ -64,6 +70,7 @@ class PagedCache(LayerReader):
         rotate: bool = False,
         page_size: int = 64,
         max_bytes: int | None = None,
+        overflow: Folder = None,
         policy: Policy | None = None,
         head_dim_v: int | None = None,
     ) -> None:
@@ -76,7 +83,8 @@ class PagedCache(LayerReader):
         self.dtype, self.device = dtype, torch.device("cpu")
         self.kv_format = (layout.k.name, layout.v.name)
         self.page_size, self.max_bytes, self.rotate, self.policy = page_size, max_bytes, rotate, policy
-        pool = PagePool(layout.page_bytes, max_bytes)
+        self.overflow = overflow_folder("PagedCache", overflow, max_bytes)
+        pool = PagePool(layout.page_bytes, max_bytes, Overflow.of("PagedCache", self.overflow, layout.page_bytes))
         shape = (num_layers, batch_size, num_kv_heads)
         self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
 
@@ -125,8 +133,9 @@ class PagedCache(LayerReader):
         """What the cache holds, in bytes as torch has allocated them.
 
         Returns:
-            bytes: of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole in each
-                fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers).
+            bytes: in memory, of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole
+                in each fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers).
+            file_bytes: that the file of overflow takes of the disk, whatever part of it is in pool_bytes too.
             tokens: of all rows, each counted in its longest layer and head.
             pages: that this cache holds, of all layers and heads, page_bytes each. free_pages: of the pool, that no
                 cache holds.
@@ -155,6 +164,13 @@ class PagedCache(LayerReader):
         sessions.save(self, path, tokens, metadata)
 
     @classmethod
-    def load(cls, path: Path, *, metadata: Strings | None = None, max_bytes: int | None = None) -> PagedCache:
+    def load(
+        cls,
+        path: Path,
+        *,
+        metadata: Strings | None = None,
+        max_bytes: int | None = None,
+        overflow: Folder = None,
+    ) -> PagedCache:
         """The cache that `save` wrote, after every byte has been checked; see `lcore.cache.sessions.load`."""
-        return sessions.load(cls, path, metadata, max_bytes)
+        return sessions.load(cls, path, metadata, max_bytes, overflow)

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from lcore.cache import kernels
+from lcore.cache import kernels, parts
 from lcore.cache.checks import CPU, check_heads, check_int, check_places, check_states, row_counts
 from lcore.cache.layer import Layer
 from lcore.cache.policies.base import Policy
@@ -30,6 +30,7 @@ class LayerReader(Space):
     head_dim: int
     dtype: torch.dtype
     rotate: bool
+    page_size: int
     policy: Policy | None
 
     @overload
@@ -104,8 +105,13 @@ class LayerReader(Space):
         alibi_slopes, sinks = check_heads(name, alibi_slopes, sinks, self.batch_size, q.shape[2])
         pages, view = self._snapshot(name, slots, layer, q, counts, window_size, alibi_slopes)
         scale, q = self._scale(softmax_scale), self._rotated(q.detach())
-        scores = (window_size, scale, softcap, alibi_slopes)
-        out, lse = kernels.attend(pages, view, q, slots.layout, counts, *scores, sinks)
+
+        def kernel(part: parts.Queries) -> tuple[Tensor, Tensor]:
+            scores = (window_size, scale, softcap, part.alibi_slopes)
+            return kernels.attend(pages, part.view, part.q, slots.layout, part.counts, *scores, part.sinks)
+
+        queries = parts.Queries(view, q, counts, alibi_slopes, sinks)
+        out, lse = parts.attend(slots.pool, self.page_size, queries, window_size[0], kernel)
         # The tokens that a window or a slope measures distances to must all stay.
         if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
             seen = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate)
@@ -153,6 +159,7 @@ class LayerReader(Space):
         pages, view = self._snapshot(name, slots, layer, q, counts, window_size, alibi_slopes)
         scores = (window_size, self._scale(softmax_scale), softcap, alibi_slopes)
         rotated = self._rotated(q.detach())
+        slots.touch(layer)
         return kernels.key_mass(
             pages, view, rotated, slots.layout, counts, *scores, lse.detach().contiguous(), reduction
         )
@@ -183,6 +190,7 @@ class LayerReader(Space):
         check_int(name, "last", last, 0, most)
         check_int(name, "first", first, 0, last)
         check_bound_type(name, dtype)
+        slots.touch(layer, first, last)
         return kernels.page_bounds(pages, view, slots.layout, first, last, dtype)
 
     def _queries(self, name: str, layer: int, q: Tensor, lengths: Tensor | None) -> tuple[Slots, Tensor | None]:

@@ -52,8 +52,11 @@ def write_session(
     pool: Bytes,
     ids: NDArray[np.int32],
     tensors: dict[str, Tensor],
+    touch: Callable[[NDArray[np.int32]], None] = lambda ids: None,
 ) -> None:
     """Writes the rows `ids` of pool (pages, page_bytes), and the tensors; the caller holds the lock of path.
+
+    touch(ids) is called before these rows are read, some at a time.
 
     Written beside its place, synced to the disk and renamed: whatever happens, path is the old file or the new one.
 
@@ -62,6 +65,7 @@ def write_session(
     page_crcs = np.zeros(len(ids), dtype=np.int64)
 
     def check_pages(first: int, last: int) -> None:
+        touch(ids[first:last])
         page_crcs[first:last] = [zlib.crc32(pool[i]) for i in ids[first:last]]
 
     _in_threads(check_pages, len(ids), pool.shape[1])
@@ -74,6 +78,7 @@ def write_session(
     def write(file: IO[bytes]) -> None:
         file.write(start)
         for first, last in _chunks(len(ids), pool.shape[1]):
+            touch(ids[first:last])
             file.write(pool[ids[first:last]].data)
         for tensor in order.values():
             file.write(_bytes(tensor).data)
@@ -106,11 +111,15 @@ class SessionFile:
             self.close()
             raise
 
-    def read_pages(self, pool: Bytes, ids: NDArray[np.int32]) -> None:
-        """All pages into the rows `ids`, which rise, of pool (rows, page_bytes); each page is checked."""
+    def read_pages(self, pool: Bytes, ids: NDArray[np.int32], touch: Callable[[NDArray[np.int32]], None]) -> None:
+        """All pages into the rows `ids`, which rise, of pool (rows, page_bytes); each page is checked.
+
+        touch(ids) is called before these rows are written, some at a time.
+        """
 
         def read(first: int, last: int) -> None:
             rows = ids[first:last]
+            touch(rows)
             in_place = rows[-1] - rows[0] == last - 1 - first
             out = pool[rows[0] : rows[-1] + 1] if in_place else np.empty((last - first, pool.shape[1]), dtype=np.uint8)
             self._read(out.reshape(-1), self._begin + first * pool.shape[1])

@@ -58,6 +58,7 @@ class Slots:
         # (batch,) 1 where nothing was ever taken out of the row; not bool, of which a file keeps one bit of eight.
         self.intact = np.ones(lengths.shape[1], dtype=np.uint8)
         pool.member_bytes += self.nbytes
+        pool.touch()
         pool.holders.add(self)
 
     @staticmethod
@@ -99,10 +100,11 @@ class Slots:
 
     def stats(self) -> dict[str, int | float]:
         """As `PagedCache.stats`."""
-        pool_bytes = self.pool.data.untyped_storage().nbytes()
+        pool_bytes, overflow = self.pool.nbytes, self.pool.overflow
         return {
             "bytes": pool_bytes + self.nbytes,
             "pool_bytes": pool_bytes,
+            "file_bytes": 0 if overflow is None else overflow.file_bytes,
             "tail_bytes": self.tail_bytes,
             "table_bytes": self.table_bytes,
             "score_bytes": self.scores.nbytes,
@@ -132,7 +134,10 @@ class Slots:
                 filling = (after > before) & (lengths % self.layout.page_size > 0)
                 self.undo.save(layer, filling, lengths, self.tail_k[layer], self.tail_v[layer])
             try:
+                if ids is not None:
+                    self.pool.touch(ids, writes=True)
                 append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
+                self.pool.touch()
             finally:
                 # The kernel has moved the lengths if it ran, even if Ctrl-C came after it.
                 if np.array_equal(lengths, total):
@@ -177,19 +182,19 @@ class Slots:
             widening = max(0, width - self.table.shape[-1]) * self.lengths.nbytes
             pool.make_free(pages, beside=widening)
             missing = pool.missing_bytes(pages)
-            if widening + missing == 0:
-                return
-            pool.check_budget(function, widening + missing, f"for {pages} pages of {self.layout.page_size} tokens")
+            if widening + missing > 0:
+                pool.check_budget(function, widening + missing, f"for {pages} pages of {self.layout.page_size} tokens")
             free = pool.free_bytes
             table = self._wider(function, width, None if free is None else free - missing, exact)
             added = 0 if table is None else table.nbytes - self.table.nbytes
             data = pool.grown(function, pages, exact=exact, reserved_bytes=added)
+            if data is not None:
+                pool.adopt(data)
+            pool.back(function, pages)
             if table is not None:
                 self.table = table
                 self.layers = self._views()
                 pool.member_bytes += added
-            if data is not None:
-                pool.adopt(data)
 
     def _wider(self, function: str, width: int, free: int | None, exact: bool) -> torch.Tensor | None:
         """A copy of the table with this width, or with half more than now where `free` bytes allow; None if it fits."""
@@ -236,9 +241,10 @@ class Slots:
                 self.undo.check(cut, after, page_size)
                 self.undo.restore(cut, self.tail_k, self.tail_v)
             elif cut.any():
-                ids = torch.from_numpy(self.table.numpy()[cut, kept[cut]])
-                where = torch.from_numpy(cut)
-                self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)
+                ids = self.table.numpy()[cut, kept[cut]]
+                self.pool.touch(ids)
+                where, pages = torch.from_numpy(cut), self.pool.data[torch.from_numpy(ids)]
+                self.tail_k[where], self.tail_v[where] = self.layout.decode(pages, self.tail_k.dtype)
             released = self._ids(kept, held)
             self.intact &= (after == lengths).all(axis=(0, 2))
             new = (after, np.minimum(seen, limits), np.where(emptied, 0, thinned))
@@ -268,6 +274,14 @@ class Slots:
         """The pool's pages, and a layer that names them."""
         with self.pool.lock:
             return self.pool.data, self.layers[layer]
+
+    def touch(self, layer: int, first: int = 0, last: int | None = None, *, writes: bool = False) -> None:
+        """`PagePool.touch` for the pages first .. last - 1 of a layer's slots, up to the last by default."""
+        if self.pool.overflow is not None:
+            view = self.layers[layer]
+            full = view.host_lengths // self.layout.page_size
+            used = between(first, full if last is None else full.clip(max=last), view.host_table.shape[-1])
+            self.pool.touch(view.host_table[used], writes=writes)
 
     def _ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
         """Ids of the pages first .. last - 1 of every slot."""

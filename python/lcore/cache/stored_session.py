@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lcore.cache.overflow import Folder
 from lcore.cache.session_file import SessionFile
 from lcore.cache.session_lock import SessionLock
 from lcore.errors import dtype_name, message, require
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from lcore.cache.paged import PagedCache
     from lcore.cache.slots import Slots
 
-# Arguments of PagedCache that a file brings back; each is an attribute of the same name. max_bytes is the reader's.
+# Arguments of PagedCache that a file brings back; each is an attribute of the same name. Limits are the reader's.
 OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size",
            "rotate")  # fmt: skip
 TOKENS = "tokens."  # and the row: the tensor's name
@@ -67,7 +69,9 @@ class StoredSession:
                 rule = f"be {found.get(name)!r} as in the session file {self.path}"
                 raise ValueError(message(self.function, f"{what}{name}", rule, repr(value)))
 
-    def load(self, *, max_bytes: int | None = None, cls: type[PagedCache] | None = None) -> PagedCache:
+    def load(
+        self, *, max_bytes: int | None = None, overflow: Folder = None, cls: type[PagedCache] | None = None
+    ) -> PagedCache:
         """A new cache with all that the file holds."""
         from lcore.cache.paged import PagedCache  # which imports this module
 
@@ -76,7 +80,7 @@ class StoredSession:
             options["dtype"] = getattr(torch, options["dtype"])
             if isinstance(options["kv_format"], list):
                 options["kv_format"] = tuple(options["kv_format"])
-            cache = (cls or PagedCache)(**options, max_bytes=max_bytes)
+            cache = (cls or PagedCache)(**options, max_bytes=max_bytes, overflow=overflow)
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
             raise self._file.refusal("have the settings of a cache of this version", error) from error
         self.fill(cache)
@@ -92,7 +96,7 @@ class StoredSession:
             slots.make_room(self.function, used.shape[-1], count, exact=True)
             ids = pool.allocator.allocate(count)
             try:
-                self._file.read_pages(pool.data.numpy(), ids)
+                self._file.read_pages(pool.data.numpy(), ids, partial(pool.touch, writes=True))
             except BaseException:
                 pool.allocator.release(ids)
                 raise

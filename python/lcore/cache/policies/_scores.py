@@ -27,6 +27,7 @@ def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]
         count = min(step, -(-width // size) - first)
         # A slot's tail stands where its next page would; what else there is no page for is overwritten with zeros.
         known = torch.nn.functional.pad(ids, (0, count - ids.shape[-1]))
+        slots.touch(layer, first, first + count)
         pages = first + torch.arange(count)
         known = torch.where(pages < full[..., None], known, 0)
         k, v = slots.layout.decode(pool[known.flatten()], torch.float32) if len(pool) else _no_pages(slots, known)
@@ -61,5 +62,6 @@ def key_mass_of(
     Returns: float32 (batch, kv_heads, longest slot), 0 behind a slot's last key.
     """
     pages, view = slots.snapshot(layer)
+    slots.touch(layer)
     scores = ((-1, -1), softmax_scale, softcap, None)
     return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum")

@@ -1,0 +1,105 @@
+"""Attention over a layer whose pages do not all fit into memory: part by part, the next part on its way meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lcore.cache.layer import Layer, between
+from lcore.cache.pool import Ids, PagePool
+
+Counts: TypeAlias = NDArray[np.int32]
+
+
+class Queries(NamedTuple):
+    """What attention takes for each row or head, as `lcore.cache.kernels.attend`."""
+
+    view: Layer
+    q: Tensor
+    counts: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+    def part(self, rows: slice, heads: slice) -> Queries:
+        """That of some rows and kv heads."""
+        group = self.q.shape[2] // self.view.host_lengths.shape[1]
+        of_q = slice(heads.start * group, heads.stop * group)
+        table, lengths, tail_k, tail_v = (x[rows, heads].contiguous() for x in self.view[:4])
+        slopes = self.alibi_slopes
+        if slopes is not None:
+            slopes = (slopes[of_q] if slopes.dim() == 1 else slopes[rows, of_q]).contiguous()
+        return Queries(
+            Layer(table, lengths, tail_k, tail_v, table.numpy(), lengths.numpy()),
+            self.q[rows, :, of_q],
+            None if self.counts is None else self.counts[rows],
+            slopes,
+            None if self.sinks is None else self.sinks[of_q],
+        )
+
+
+Attend: TypeAlias = Callable[[Queries], tuple[Tensor, Tensor]]
+
+
+def attend(pool: PagePool, page_size: int, queries: Queries, left: int, kernel: Attend) -> tuple[Tensor, Tensor]:
+    """kernel(queries), once its pages are said to be read; part by part where they are more than may be in memory.
+
+    left: tokens before a query that it sees, as in window_size; -1 for all.
+    """
+    hot = pool.hot_bytes
+    if hot is None:
+        return kernel(queries)
+    first, last = _pages(queries, page_size, left)
+    room = hot // pool.page_bytes
+    if (last - first).sum() <= room:
+        pool.touch(_ids(queries.view, first, last))
+        result = kernel(queries)
+        pool.touch()
+        return result
+    # Half the room: one part is read by the kernel, the other from the disk.
+    parts = list(_parts(last - first, room // 2))
+    heads: list[tuple[Tensor, Tensor]] = []
+    rows: list[tuple[Tensor, Tensor]] = []
+    pool.touch(_ids(queries.view, first, last, parts[0]))
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        if following is not None:
+            pool.touch(_ids(queries.view, first, last, following))
+        heads.append(kernel(queries.part(*part)))
+        if following is None or following[0] != part[0]:
+            outs, lses = zip(*heads, strict=True)
+            rows.append((torch.cat(outs, 2), torch.cat(lses, 1)))
+            heads = []
+    pool.touch()
+    outs, lses = zip(*rows, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _pages(queries: Queries, page_size: int, left: int) -> tuple[Counts, Counts]:
+    """(batch, kv_heads): the full pages first .. last - 1 of each slot that are read."""
+    lengths = queries.view.host_lengths
+    unseen = np.zeros_like(lengths) if left < 0 else (lengths - queries.q.shape[1] - left).clip(min=0)
+    last = lengths // page_size
+    return np.minimum(unseen // page_size, last), last
+
+
+def _parts(pages: Counts, room: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and kv heads whose pages fit into `room`, as far as those of one slot do."""
+    batch, heads = pages.shape
+    together = bool((pages.sum(0) <= room).all())
+    for rows in [slice(0, batch)] if together else [slice(row, row + 1) for row in range(batch)]:
+        begin, held = 0, 0
+        for head, more in enumerate(pages[rows].sum(0).tolist()):
+            if head > begin and held + more > room:
+                yield rows, slice(begin, head)
+                begin, held = head, 0
+            held += more
+        yield rows, slice(begin, heads)
+
+
+def _ids(view: Layer, first: Counts, last: Counts, part: tuple[slice, slice] = (slice(None), slice(None))) -> Ids:
+    table = view.host_table[part]
+    return table[between(first[part], last[part], table.shape[-1])]
