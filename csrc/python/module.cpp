@@ -86,12 +86,14 @@ void bind_page_file(nb::module_& m) {
       .def(
           "touch",
           [](PageFile& self, const Ids& ids, int64_t most_bytes, bool writes) {
-            self.touch(span_of(ids), most_bytes, writes);
+            return self.touch(span_of(ids), most_bytes, writes);
           },
           nb::arg("ids").noconvert(), nb::arg("most_bytes"), nb::arg("writes") = false, no_gil,
-          "These pages are used next: reads them ahead, and drops others, the longest unused first, beyond most_bytes.")
+          "These pages are used next: reads them ahead, and drops others, the longest unused first, beyond most_bytes; "
+          "returns `drops`.")
       .def("__contains__", &PageFile::contains, nb::arg("id"), "Whether a page is in memory, by this object's account.")
       .def_prop_ro("page_bytes", &PageFile::page_bytes)
+      .def_prop_ro("drops", &PageFile::drops)
       .def_prop_ro("resident_bytes", &PageFile::resident_bytes)
       .def_prop_ro("file_bytes", &PageFile::file_bytes)
       .def_prop_ro("in_memory", &PageFile::in_memory);

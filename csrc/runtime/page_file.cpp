@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #ifdef __linux__
 #include <fcntl.h>
@@ -25,6 +26,7 @@ namespace {
 
 // Of the limit, what is dropped beyond it: few long writes, and few calls, instead of one for each span.
 constexpr int64_t kBatch = 16;
+constexpr int kTries = 3;
 
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
@@ -61,11 +63,16 @@ Mapping::~Mapping() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
+void Mapping::advise(int64_t begin, int64_t end, int advice) const {
+  end = std::min(end, bytes_);
+  if (begin < end) madvise(data_ + begin, end - begin, advice);
+}
+
 PageFile::PageFile(int descriptor, int64_t page_bytes)
     : descriptor_(fcntl(descriptor, F_DUPFD_CLOEXEC, 0)), owner_(getpid()), page_bytes_(page_bytes) {
   if (descriptor_ < 0) fail("dup");
-  const int64_t system_page = sysconf(_SC_PAGESIZE);
-  span_bytes_ = page_bytes % system_page == 0 ? page_bytes : system_page;
+  system_page_ = sysconf(_SC_PAGESIZE);
+  span_bytes_ = page_bytes % system_page_ == 0 ? page_bytes : system_page_;
   mapping_ = std::make_shared<Mapping>(descriptor_, 0);
 }
 
@@ -87,13 +94,12 @@ std::shared_ptr<Mapping> PageFile::map(int64_t num_pages) {
                                 " and take less than 2^31 spans of " + std::to_string(span_bytes_) + " bytes, got " +
                                 std::to_string(num_pages));
   }
-  // So that a page without disk space reads as zeros instead of ending the process.
-  if (retry([&] { return ftruncate(descriptor_, num_pages * page_bytes_); }) != 0) fail("ftruncate");
   auto mapping = std::make_shared<Mapping>(descriptor_, num_pages * page_bytes_);
   states_.resize(spans);
   recency_.grow(static_cast<int32_t>(spans));
   num_pages_ = num_pages;
-  mapping_ = mapping;
+  std::erase_if(older_, [](const auto& older) { return older.expired(); });
+  older_.push_back(std::exchange(mapping_, mapping));
   return mapping;
 }
 
@@ -143,7 +149,7 @@ void PageFile::punch(std::span<const Run> bytes) {
   }
 }
 
-void PageFile::touch(std::span<const int32_t> ids, int64_t most_bytes, bool writes) {
+int64_t PageFile::touch(std::span<const int32_t> ids, int64_t most_bytes, bool writes) {
   const std::lock_guard lock(mutex_);
   require_owner();
   ++call_;
@@ -163,26 +169,25 @@ void PageFile::touch(std::span<const int32_t> ids, int64_t most_bytes, bool writ
   }
   drop_oldest(most_bytes / span_bytes_, untouchable);
   // One call makes all page faults of what will be written. A kernel before 5.14 refuses it: then they come one by one.
-  for (const Run run : writes ? used : missing) advise(run, writes ? MADV_POPULATE_WRITE : MADV_WILLNEED);
+  for (const auto [begin, end] : writes ? used : missing) {
+    mapping_->advise(begin * span_bytes_, end * span_bytes_, writes ? MADV_POPULATE_WRITE : MADV_WILLNEED);
+  }
+  return drops_;
 }
 
 void PageFile::drop_oldest(int64_t most, int64_t untouchable) {
-  if (recency_.size() <= most) return;
-  std::vector<int32_t> spans = recency_.oldest(recency_.size() - std::max(most - most / kBatch, untouchable));
-  std::ranges::sort(spans);
-  std::vector<Run> runs, dirty;
-  for (const int32_t span : spans) {
-    append_to(runs, span, span + 1);
-    if (states_[span].dirty) append_to(dirty, span, span + 1);
-  }
-  write_back(dirty);
-  for (const Run run : runs) {
-    advise(run, MADV_DONTNEED);
-    posix_fadvise(descriptor_, run.begin * span_bytes_, (run.end - run.begin) * span_bytes_, POSIX_FADV_DONTNEED);
-  }
-  for (const int32_t span : spans) {
-    recency_.remove(span);
-    states_[span].dirty = false;
+  // The system keeps a page that something of its own holds at that moment. It is still counted, and tried again.
+  for (int tries = 0; tries < kTries && recency_.size() > most; ++tries) {
+    std::vector<int32_t> spans = recency_.oldest(recency_.size() - std::max(most - most / kBatch, untouchable));
+    std::ranges::sort(spans);
+    std::vector<Run> runs, dirty;
+    for (const int32_t span : spans) {
+      append_to(runs, span, span + 1);
+      if (states_[span].dirty) append_to(dirty, span, span + 1);
+    }
+    write_back(dirty);
+    ++drops_;
+    for (const Run run : runs) drop(run);
   }
 }
 
@@ -198,8 +203,23 @@ void PageFile::write_back(std::span<const Run> runs) const {
   }
 }
 
-void PageFile::advise(Run run, int advice) const {
-  madvise(mapping_->data() + run.begin * span_bytes_, (run.end - run.begin) * span_bytes_, advice);
+void PageFile::drop(Run run) {
+  const int64_t begin = run.begin * span_bytes_, end = run.end * span_bytes_;
+  mapping_->advise(begin, end, MADV_DONTNEED);
+  // The system's page cache keeps what any mapping shows.
+  for (const auto& older : older_) {
+    if (const auto held = older.lock()) held->advise(begin, end, MADV_DONTNEED);
+  }
+  posix_fadvise(descriptor_, begin, end - begin, POSIX_FADV_DONTNEED);
+  std::vector<unsigned char> resident((end - begin) / system_page_);
+  mincore(mapping_->data() + begin, std::min(end, num_pages_ * page_bytes_) - begin, resident.data());
+  const int64_t step = span_bytes_ / system_page_;
+  for (int64_t span = run.begin; span < run.end; ++span) {
+    const auto first = resident.begin() + (span - run.begin) * step;
+    if (std::any_of(first, first + step, [](unsigned char page) { return (page & 1) != 0; })) continue;
+    recency_.remove(static_cast<int32_t>(span));
+    states_[span].dirty = false;
+  }
 }
 
 bool PageFile::contains(int32_t id) const {
@@ -209,6 +229,11 @@ bool PageFile::contains(int32_t id) const {
     if (!recency_.contains(static_cast<int32_t>(i))) return false;
   }
   return true;
+}
+
+int64_t PageFile::drops() const {
+  const std::lock_guard lock(mutex_);
+  return drops_;
 }
 
 int64_t PageFile::resident_bytes() const {

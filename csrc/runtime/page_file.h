@@ -24,6 +24,8 @@ class Mapping {
   Mapping& operator=(const Mapping&) = delete;
 
   uint8_t* data() const { return data_; }
+  // madvise of the bytes in it.
+  void advise(int64_t begin, int64_t end, int advice) const;
 
  private:
   uint8_t* data_ = nullptr;
@@ -40,7 +42,8 @@ class PageFile {
   PageFile(const PageFile&) = delete;
   PageFile& operator=(const PageFile&) = delete;
 
-  // Room for num_pages pages, not fewer than before. Mappings made earlier stay valid and show the same bytes.
+  // Addresses of num_pages pages, not fewer than before; those without disk space must not be used yet. Mappings made
+  // earlier stay valid and show the same bytes.
   std::shared_ptr<Mapping> map(int64_t num_pages);
   // Disk space under pages, so that writing them cannot fail later: all of it, or none is left to them.
   void back(std::span<const int32_t> ids);
@@ -48,10 +51,12 @@ class PageFile {
   void discard(std::span<const int32_t> ids);
   // Says that pages are used next, in this order: reads ahead those that are not in memory and, where more than
   // most_bytes would be, first drops those used longest ago, none of these. writes: they are about to be written.
-  void touch(std::span<const int32_t> ids, int64_t most_bytes, bool writes);
+  // Returns how many drops there have been: a greater number later means that some of these may be among them.
+  int64_t touch(std::span<const int32_t> ids, int64_t most_bytes, bool writes);
 
   int64_t page_bytes() const { return page_bytes_; }
   bool contains(int32_t id) const;  // whether all of a page is in memory
+  int64_t drops() const;
   int64_t resident_bytes() const;
   int64_t file_bytes() const;  // that the file takes of the disk
   bool in_memory() const;      // the file system has no disk: nothing would be won
@@ -71,17 +76,19 @@ class PageFile {
   void punch(std::span<const Run> bytes);
   void drop_oldest(int64_t most, int64_t untouchable);
   void write_back(std::span<const Run> runs) const;
-  void advise(Run run, int advice) const;
+  void drop(Run run);
 
   mutable std::mutex mutex_;
   int descriptor_;
   int64_t owner_;  // process
-  int64_t page_bytes_, span_bytes_;
+  int64_t page_bytes_, span_bytes_, system_page_;
   int64_t num_pages_ = 0;
   std::shared_ptr<Mapping> mapping_;
+  std::vector<std::weak_ptr<Mapping>> older_;
   Recency recency_;  // of the spans that are in memory
   std::vector<State> states_;
   uint32_t call_ = 0;
+  int64_t drops_ = 0;
 };
 
 }  // namespace lcore::runtime

@@ -89,13 +89,12 @@ def _compact(function: str, slots: Slots, layer: int, keep: Mask) -> None:
     dropped = view.host_table[shared | between(counts // size, before // size, view.host_table.shape[-1])]
     new_table = view.host_table.copy()
     new_table[shared] = fresh
-    slots.touch(layer)
-    slots.pool.touch(new_table[_written(view, keep, size)], writes=True)
     offsets = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
     tokens = np.nonzero(keep)[-1].astype(np.int32)
     arguments = [torch.from_numpy(x) for x in (new_table, tokens, offsets)]
     try:
-        compact_(slots.pool.data, view, slots.layout, *arguments)
+        with slots.using(layer), slots.pool.using(new_table[_written(view, keep, size)], writes=True):
+            compact_(slots.pool.data, view, slots.layout, *arguments)
     finally:
         # The kernel has set the lengths if it ran, even when Ctrl-C came after it.
         if np.array_equal(view.host_lengths, counts):

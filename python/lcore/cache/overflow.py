@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -79,9 +81,16 @@ class Overflow:
         """Gives disk space and memory of pages back."""
         self._file.discard(ids)
 
-    def touch(self, ids: NDArray[np.int32], most_bytes: int, *, writes: bool) -> None:
-        """Pages that are read, or written, next; as `PageFile.touch`."""
-        self._file.touch(ids, most_bytes, writes)
+    @contextmanager
+    def using(self, ids: NDArray[np.int32], most_bytes: int, *, writes: bool) -> Iterator[None]:
+        """Pages are read, or written, inside; up to most_bytes of pages are in memory before and after."""
+        drops = self._file.touch(ids, most_bytes, writes)
+        try:
+            yield
+        finally:
+            if self._file.drops != drops:  # another thread has: what was still needed is in memory again, uncounted
+                self._file.touch(ids, most_bytes, writes)
+            self._file.touch(ids[:0], most_bytes)
 
 
 def overflow_folder(function: str, overflow: Folder, max_bytes: int | None) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lcore.cache.layer import Layer, between
 from lcore.cache.pool import Ids, PagePool
 
+_BLOCK = 256  # keys that the kernel reads together, at multiples of so many (forward_tile)
 Counts: TypeAlias = NDArray[np.int32]
 
 
@@ -56,24 +57,22 @@ def attend(pool: PagePool, page_size: int, queries: Queries, left: int, kernel: 
     first, last = _pages(queries, page_size, left)
     room = hot // pool.page_bytes
     if (last - first).sum() <= room:
-        pool.touch(_ids(queries.view, first, last))
-        result = kernel(queries)
-        pool.touch()
-        return result
+        with pool.using(_ids(queries.view, first, last)):
+            return kernel(queries)
     # Half the room: one part is read by the kernel, the other from the disk.
     parts = list(_parts(last - first, room // 2))
+    ids = [_ids(queries.view, first, last, part) for part in parts]
     heads: list[tuple[Tensor, Tensor]] = []
     rows: list[tuple[Tensor, Tensor]] = []
-    pool.touch(_ids(queries.view, first, last, parts[0]))
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        if following is not None:
-            pool.touch(_ids(queries.view, first, last, following))
-        heads.append(kernel(queries.part(*part)))
-        if following is None or following[0] != part[0]:
+    for i, part in enumerate(parts):
+        ends = i + 1 == len(parts)
+        ahead = not ends and len(ids[i]) + len(ids[i + 1]) <= room
+        with pool.using(np.concatenate(ids[i : i + 1 + ahead])):
+            heads.append(kernel(queries.part(*part)))
+        if ends or parts[i + 1][0] != part[0]:
             outs, lses = zip(*heads, strict=True)
             rows.append((torch.cat(outs, 2), torch.cat(lses, 1)))
             heads = []
-    pool.touch()
     outs, lses = zip(*rows, strict=True)
     return torch.cat(outs), torch.cat(lses)
 
@@ -83,7 +82,7 @@ def _pages(queries: Queries, page_size: int, left: int) -> tuple[Counts, Counts]
     lengths = queries.view.host_lengths
     unseen = np.zeros_like(lengths) if left < 0 else (lengths - queries.q.shape[1] - left).clip(min=0)
     last = lengths // page_size
-    return np.minimum(unseen // page_size, last), last
+    return np.minimum(unseen // _BLOCK * _BLOCK // page_size, last), last
 
 
 def _parts(pages: Counts, room: int) -> Iterator[tuple[slice, slice]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 from weakref import WeakSet
 
@@ -39,7 +40,7 @@ class PagePool:
     to that many pages that no cache holds; it is called with the lock held.
 
     overflow: the file that holds the pages, of which those used last are in memory, in what max_bytes leaves. Then data
-    is its memory: it grows without a copy, and whoever reads or writes pages says so with `touch`.
+    is its memory: it grows without a copy, and whoever reads or writes pages does so inside `using`.
     """
 
     def __init__(self, page_bytes: int, max_bytes: int | None, overflow: Overflow | None = None) -> None:
@@ -156,13 +157,15 @@ class PagePool:
         """How much of the pages may be in memory; None for all of them."""
         return None if self.overflow is None or self.max_bytes is None else max(0, self.max_bytes - self.member_bytes)
 
-    def touch(self, ids: Ids = _NO_IDS, *, writes: bool = False) -> None:
-        """To be called before pages are read or written: with overflow, fetches them and drops others beyond hot_bytes.
+    def using(self, ids: Ids = _NO_IDS, *, writes: bool = False) -> AbstractContextManager[None]:
+        """Pages that are read or written inside; with overflow they are fetched, and others dropped beyond hot_bytes.
 
-        Pages of one call are not dropped by it, even where they alone are more; a later call drops them.
+        Inside, pages of this call stay, even where they alone are more than that.
         """
-        if self.overflow is not None and (hot := self.hot_bytes) is not None:
-            self.overflow.touch(ids, hot, writes=writes)
+        hot = self.hot_bytes
+        if self.overflow is None or hot is None:
+            return nullcontext()
+        return self.overflow.using(ids, hot, writes=writes)
 
     def _tensor(self, function: str, pages: int, page_bytes: int) -> torch.Tensor:
         if self.overflow is not None:

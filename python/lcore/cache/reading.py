@@ -159,10 +159,9 @@ class LayerReader(Space):
         pages, view = self._snapshot(name, slots, layer, q, counts, window_size, alibi_slopes)
         scores = (window_size, self._scale(softmax_scale), softcap, alibi_slopes)
         rotated = self._rotated(q.detach())
-        slots.touch(layer)
-        return kernels.key_mass(
-            pages, view, rotated, slots.layout, counts, *scores, lse.detach().contiguous(), reduction
-        )
+        lse = lse.detach().contiguous()
+        with slots.using(layer):
+            return kernels.key_mass(pages, view, rotated, slots.layout, counts, *scores, lse, reduction)
 
     def page_bounds(
         self, layer: int, first: int = 0, last: int | None = None, *, dtype: torch.dtype = torch.bfloat16
@@ -190,8 +189,8 @@ class LayerReader(Space):
         check_int(name, "last", last, 0, most)
         check_int(name, "first", first, 0, last)
         check_bound_type(name, dtype)
-        slots.touch(layer, first, last)
-        return kernels.page_bounds(pages, view, slots.layout, first, last, dtype)
+        with slots.using(layer, first, last):
+            return kernels.page_bounds(pages, view, slots.layout, first, last, dtype)
 
     def _queries(self, name: str, layer: int, q: Tensor, lengths: Tensor | None) -> tuple[Slots, Tensor | None]:
         """Checks q, the last tokens of a layer's rows; the slots, and the real rows of q."""

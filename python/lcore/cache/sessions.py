@@ -70,7 +70,7 @@ def save(
         table = np.zeros((*used.shape[:-1], int(slots.full_pages().max(initial=0))), dtype=np.int32)
         table[used[..., : table.shape[-1]]] = dense
         tensors["table"] = torch.from_numpy(table)
-        write_session(name, held.path, strings, pool, ids, tensors, slots.pool.touch)
+        write_session(name, held.path, strings, pool, ids, tensors, slots.pool.using)
     finally:
         if lock is None:
             held.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ class Slots:
         # (batch,) 1 where nothing was ever taken out of the row; not bool, of which a file keeps one bit of eight.
         self.intact = np.ones(lengths.shape[1], dtype=np.uint8)
         pool.member_bytes += self.nbytes
-        pool.touch()
+        with pool.using():  # what is left for pages is less now
+            pass
         pool.holders.add(self)
 
     @staticmethod
@@ -134,10 +136,8 @@ class Slots:
                 filling = (after > before) & (lengths % self.layout.page_size > 0)
                 self.undo.save(layer, filling, lengths, self.tail_k[layer], self.tail_v[layer])
             try:
-                if ids is not None:
-                    self.pool.touch(ids, writes=True)
-                append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
-                self.pool.touch()
+                with nullcontext() if ids is None else self.pool.using(ids, writes=True):
+                    append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
             finally:
                 # The kernel has moved the lengths if it ran, even if Ctrl-C came after it.
                 if np.array_equal(lengths, total):
@@ -242,8 +242,9 @@ class Slots:
                 self.undo.restore(cut, self.tail_k, self.tail_v)
             elif cut.any():
                 ids = self.table.numpy()[cut, kept[cut]]
-                self.pool.touch(ids)
-                where, pages = torch.from_numpy(cut), self.pool.data[torch.from_numpy(ids)]
+                with self.pool.using(ids):
+                    pages = self.pool.data[torch.from_numpy(ids)]
+                where = torch.from_numpy(cut)
                 self.tail_k[where], self.tail_v[where] = self.layout.decode(pages, self.tail_k.dtype)
             released = self._ids(kept, held)
             self.intact &= (after == lengths).all(axis=(0, 2))
@@ -275,13 +276,12 @@ class Slots:
         with self.pool.lock:
             return self.pool.data, self.layers[layer]
 
-    def touch(self, layer: int, first: int = 0, last: int | None = None, *, writes: bool = False) -> None:
-        """`PagePool.touch` for the pages first .. last - 1 of a layer's slots, up to the last by default."""
-        if self.pool.overflow is not None:
-            view = self.layers[layer]
-            full = view.host_lengths // self.layout.page_size
-            used = between(first, full if last is None else full.clip(max=last), view.host_table.shape[-1])
-            self.pool.touch(view.host_table[used], writes=writes)
+    def using(self, layer: int, first: int = 0, last: int | None = None) -> AbstractContextManager[None]:
+        """`PagePool.using` for reading the pages first .. last - 1 of a layer's slots, up to the last by default."""
+        if self.pool.overflow is None:
+            return nullcontext()
+        table, full = self.layers[layer].host_table, self.layers[layer].host_lengths // self.layout.page_size
+        return self.pool.using(table[between(first, full if last is None else full.clip(max=last), table.shape[-1])])
 
     def _ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
         """Ids of the pages first .. last - 1 of every slot."""

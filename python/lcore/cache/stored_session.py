@@ -96,7 +96,7 @@ class StoredSession:
             slots.make_room(self.function, used.shape[-1], count, exact=True)
             ids = pool.allocator.allocate(count)
             try:
-                self._file.read_pages(pool.data.numpy(), ids, partial(pool.touch, writes=True))
+                self._file.read_pages(pool.data.numpy(), ids, partial(pool.using, writes=True))
             except BaseException:
                 pool.allocator.release(ids)
                 raise

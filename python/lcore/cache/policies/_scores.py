@@ -27,10 +27,14 @@ def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]
         count = min(step, -(-width // size) - first)
         # A slot's tail stands where its next page would; what else there is no page for is overwritten with zeros.
         known = torch.nn.functional.pad(ids, (0, count - ids.shape[-1]))
-        slots.touch(layer, first, first + count)
         pages = first + torch.arange(count)
-        known = torch.where(pages < full[..., None], known, 0)
-        k, v = slots.layout.decode(pool[known.flatten()], torch.float32) if len(pool) else _no_pages(slots, known)
+        is_full = pages < full[..., None]
+        if is_full.any():
+            known = torch.where(is_full, known, known[is_full][0])
+            with slots.using(layer, first, first + count):
+                k, v = slots.layout.decode(pool[known.flatten()], torch.float32)
+        else:
+            k, v = _no_pages(slots, known)
         held = (pages[:, None] * size + torch.arange(size)) < lengths[..., None, None]
         is_tail = (pages == full[..., None])[..., None, None]
         sides = []
@@ -62,6 +66,6 @@ def key_mass_of(
     Returns: float32 (batch, kv_heads, longest slot), 0 behind a slot's last key.
     """
     pages, view = slots.snapshot(layer)
-    slots.touch(layer)
     scores = ((-1, -1), softmax_scale, softcap, None)
-    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum")
+    with slots.using(layer):
+        return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum")

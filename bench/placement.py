@@ -1,0 +1,202 @@
+"""Attention over a cache several times larger than what may be in memory: ``python -m bench.placement [--json FILE]``.
+
+`PagedCache(max_bytes=, overflow=)` beside the same cache all in memory; they take turns. A step is one new token's
+attention in every layer: over all that it holds, or over some pages of each head, as a selection would choose them, of
+which a part is the same from step to step. What a step fetches is what the kernel counts for this process. The disk's
+own speed is measured on a file of the same folder, dropped from memory: in order, and page by page in any order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import lcore
+from bench.decode import FILL_CHUNK, Geometry
+from bench.machine import Row, peaks, result, write_json
+from bench.tables import show
+from bench.timer import median_seconds
+from lcore.cache import kernels, parts
+from lcore.cache.layer import Layer
+
+PAGE_SIZE = 64
+DISK_BYTES = 512 << 20
+
+
+def disk_gbytes(folder: str, block: int, ordered: bool) -> float:
+    """GB/s of reads of `block` bytes of a file that is not in memory."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        descriptor = file.fileno()
+        for begin in range(0, DISK_BYTES, 8 << 20):
+            os.pwrite(descriptor, os.urandom(8 << 20), begin)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL if ordered else os.POSIX_FADV_RANDOM)
+        blocks = np.arange(DISK_BYTES // block)
+        blocks = blocks if ordered else np.random.default_rng(0).permutation(blocks)[: len(blocks) // 8]
+        start = time.perf_counter()
+        for index in blocks.tolist():
+            os.pread(descriptor, block, index * block)
+        return len(blocks) * block / (time.perf_counter() - start) / 1e9
+
+
+def fetched_bytes() -> int:
+    """What this process has had read from disks so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+class Steps:
+    """One new token's attention in all layers of a cache; counts what its steps fetch."""
+
+    def __init__(self, cache: lcore.PagedCache, q: Tensor, chosen: int | None, reuse: float) -> None:
+        self.fetched: list[int] = []
+        self._cache, self._q, self._chosen, self._reuse = cache, q, chosen, reuse
+        self._generator = np.random.default_rng(0)
+        self._pages: list[NDArray[np.int32] | None] = [None] * cache.num_layers
+
+    def __call__(self) -> None:
+        before = fetched_bytes()
+        for layer in range(self._cache.num_layers):
+            if self._chosen is None:
+                self._cache.attend(layer, self._q)
+            else:
+                self._attend_chosen(layer, self._chosen)
+        self.fetched.append(fetched_bytes() - before)
+
+    def _attend_chosen(self, layer: int, count: int) -> None:
+        slots = self._cache._slots
+        assert slots is not None
+        pages, view = slots.snapshot(layer)
+        table = torch.from_numpy(np.take_along_axis(view.host_table, self._choose(layer, count), -1))
+        lengths = torch.full_like(view.lengths, count * PAGE_SIZE)
+        few = Layer(table, lengths, view.tail_k, view.tail_v, table.numpy(), lengths.numpy())
+
+        def kernel(part: parts.Queries) -> tuple[Tensor, Tensor]:
+            scores = ((-1, -1), self._q.shape[-1] ** -0.5, 0.0, None, None)
+            return kernels.attend(pages, part.view, part.q, slots.layout, None, *scores)
+
+        parts.attend(slots.pool, PAGE_SIZE, parts.Queries(few, self._q, None, None, None), -1, kernel)
+
+    def _choose(self, layer: int, count: int) -> NDArray[np.int32]:
+        """(1, kv_heads, count) places of pages: of those of the step before, `reuse` of them."""
+        cache, before = self._cache, self._pages[layer]
+        total = int(cache.lengths(layer).min()) // PAGE_SIZE
+        kept = 0 if before is None else round(self._reuse * count)
+        rows = []
+        for head in range(cache.num_kv_heads):
+            old = np.empty(0, np.int32) if before is None else self._generator.permutation(before[0, head])[:kept]
+            new = np.setdiff1d(self._generator.permutation(total)[: 2 * count], old)
+            rows.append(np.sort(np.concatenate([old, self._generator.permutation(new)[: count - kept]])))
+        chosen = np.stack(rows)[None].astype(np.int32)
+        self._pages[layer] = chosen
+        return chosen
+
+
+def fill(cache: lcore.PagedCache, tokens: int) -> float:
+    """Seconds that `append` takes for all of them."""
+    generator, seconds = torch.Generator().manual_seed(0), 0.0
+    for begin in range(0, tokens, FILL_CHUNK):
+        shape = (1, min(FILL_CHUNK, tokens - begin), cache.num_kv_heads, cache.head_dim)
+        k, v = (torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator) for _ in range(2))
+        start = time.perf_counter()
+        for layer in range(cache.num_layers):
+            cache.append(layer, k, v)
+        seconds += time.perf_counter() - start
+    return seconds
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    geometry = Geometry(args.heads, args.kv_heads, args.head_dim)
+    sizes = (args.layers, geometry.kv_heads, geometry.head_dim)
+    content = args.tokens * lcore.PagedCache.bytes_per_token(*sizes, args.kv_format)
+    memory = lcore.PagedCache(*sizes, kv_format=args.kv_format)
+    most = int(content / args.times)
+    placed = lcore.PagedCache(*sizes, kv_format=args.kv_format, max_bytes=most, overflow=args.overflow or True)
+    assert placed.overflow is not None
+    page = int(placed.stats()["page_bytes"])
+    disk = {
+        "disk_gbytes": disk_gbytes(placed.overflow, 8 << 20, True),
+        "disk_page_gbytes": disk_gbytes(placed.overflow, page, False),
+    }
+    common = {
+        "kind": "placement", "kv_format": args.kv_format, "layers": args.layers, "heads": geometry.heads,
+        "kv_heads": geometry.kv_heads, "head_dim": geometry.head_dim, "tokens": args.tokens,
+        "content_mbytes": content / 1e6, "max_mbytes": most / 1e6, **disk,
+    }  # fmt: skip
+    for cache in (memory, placed):
+        cache.reserve(args.tokens)
+    appending = (fill(memory, args.tokens) / args.tokens, fill(placed, args.tokens) / args.tokens)
+    rows = [row(common, "append", None, None, appending, 0.0, placed)]
+    q = torch.randn(1, 1, geometry.heads, geometry.head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    cases: list[tuple[int | None, float]] = [(None, 1.0), *((args.selected // PAGE_SIZE, r) for r in args.reuse)]
+    for chosen, reuse in cases:
+        print(f"{'all' if chosen is None else f'{chosen} pages a head, reuse {reuse}'}", file=sys.stderr)
+        steps = [Steps(cache, q, chosen, reuse) for cache in (memory, placed)]
+        calls: dict[int, Callable[[], object]] = {i: partial(step) for i, step in enumerate(steps)}
+        times = median_seconds(calls, args.seconds)
+        fetched = float(np.median(steps[1].fetched[1:]))
+        what, tokens = ("all", args.tokens) if chosen is None else ("selected", chosen * PAGE_SIZE)
+        rows.append(row(common, what, tokens, reuse if chosen else None, (times[0], times[1]), fetched, placed))
+    return rows
+
+
+def row(
+    common: Row,
+    what: str,
+    read: int | None,
+    reuse: float | None,
+    seconds: tuple[float, float],
+    fetched: float,
+    cache: lcore.PagedCache,
+) -> Row:
+    """seconds: all in memory, and of `cache`."""
+    memory, placed = seconds
+    gbytes = fetched / placed / 1e9
+    return {
+        **common, "what": what, "read_tokens": read, "reuse": reuse, "memory_ms": memory * 1e3,
+        "ms": placed * 1e3, "tokens_per_s": 1 / placed, "of_memory": memory / placed,
+        "fetched_mbytes": fetched / 1e6, "fetched_gbytes_per_s": gbytes, "of_disk": gbytes / common["disk_gbytes"],
+        "resident_mbytes": cache.stats()["bytes"] / 1e6,
+    }  # fmt: skip
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=65536, help="that the cache holds")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--kv-format", default="bf16")
+    parser.add_argument("--times", type=float, default=4.0, help="the content over max_bytes")
+    parser.add_argument("--selected", type=int, default=2048, help="tokens of each head that a selection reads")
+    parser.add_argument("--reuse", type=float, nargs="+", default=[0.0, 0.5, 0.9], help="of it, as the step before")
+    parser.add_argument("--overflow", metavar="FOLDER", help="of the file; $TMPDIR or /var/tmp")
+    parser.add_argument("--seconds", type=float, default=5.0, help="to spend on each figure, if its calls are short")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    content = result("placement", peaks(), measure(args))
+    if args.json != "-":
+        show(content)
+    if args.json:
+        write_json(args.json, content)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
