@@ -20,7 +20,10 @@ SYSTEM_PAGE = os.sysconf("SC_PAGESIZE")
 
 
 class Pair:
-    """A cache with `hot` bytes for its pages in memory, beside the tails of `forks` forks, and one without a limit; every call goes to both."""
+    """A cache with `hot` bytes for its pages in memory, and one without a limit; every call goes to both.
+
+    forks: how many there may be at once: max_bytes has room for their tails too.
+    """
 
     def __init__(
         self, layers: int = 2, kv_heads: int = 2, head_dim: int = 64, *, hot: int, forks: int = 0, **options: Any
