@@ -11,6 +11,10 @@ Chunk: TypeAlias = Annotated[int, typer.Option(help="Prompt tokens read at a tim
 Context: TypeAlias = Annotated[
     str | None, typer.Option("-c", "--context", help="Tokens to make room for at once; auto: all that fit.")
 ]
+Overflow: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Folder on a disk for the part of the cache that memory has no room for; auto: the system's."),
+]
 WeightDtype: TypeAlias = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Dtype of the weights.")
 ]
@@ -20,6 +24,11 @@ def parse_formats(text: str | None) -> str | tuple[str, str] | None:
     """A format, or two with a comma between them."""
     names = tuple(text.split(",")) if text else ()
     return cast("tuple[str, str]", names) if len(names) > 1 else text
+
+
+def parse_overflow(text: str | None) -> str | bool | None:
+    """A folder, True for "auto"."""
+    return True if text == "auto" else text
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

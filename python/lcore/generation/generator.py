@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lcore.cache import PagedCache, PrefixCache
+from lcore.cache.overflow import Folder, overflow_folder
 from lcore.cache.policies import Policy
 from lcore.errors import require, require_type
 from lcore.generation.events import Done, Event, Reason, Stats, Token
@@ -55,6 +56,8 @@ class Generator:
                     a PrefixCache to share with other generators, or to bound. The text is what it is without, bit by
                     bit. Pages are kept in memory that the caches before took, the last used ones: `prefixes` tells.
                     Not with a policy, which takes pages away, nor with a session file.
+    max_bytes, overflow: of its caches, as `lcore.PagedCache`, so that a context larger than memory has its pages in a
+                    file. With overflow alone max_bytes is what is free beside the weights and a step's workspace.
     speculate:      drafts several tokens for one step of the model: "ngram" from the text itself, "self" from the model
                     over the last tokens of its cache, or their settings, `lcore.generation.Ngram(...)` and
                     `SelfSpeculation(...)`. Texts are what they are without, greedy and sampled; None drafts nothing.
@@ -75,6 +78,8 @@ class Generator:
         context: int | Literal["auto"] | None = None,
         prefix_reuse: bool | PrefixCache = True,
         speculate: str | Speculate | None = None,
+        max_bytes: int | None = None,
+        overflow: Folder = None,
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
@@ -86,14 +91,24 @@ class Generator:
         self.cache: PagedCache | None = None
         self.kv_format, self.policy = kv_format, policy
         self.context = context
-        self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
+        if overflow and max_bytes is None:
+            max_bytes = model_planner(model, 1, prefill_chunk).cache_room
+        self.overflow = overflow_folder("Generator", overflow, max_bytes)
+        self._limits: dict[str, Any] = {} if max_bytes is None else {"max_bytes": max_bytes, "overflow": self.overflow}
+        if isinstance(prefix_reuse, PrefixCache):
+            own = max_bytes is None and self.overflow is None
+            rule = "be None when a PrefixCache is given, which has its own"
+            require(own, "Generator", "max_bytes and overflow", rule, (max_bytes, overflow))
+            self.prefixes: PrefixCache | None = prefix_reuse
+        else:
+            self.prefixes = PrefixCache(max_bytes, self.overflow) if prefix_reuse else None
         self.speculate = speculation_of(speculate)
         rule = "be None with a policy, which may drop what a refused draft must give back"
         require(self.speculate is None or policy is None, "Generator", "speculate", rule, repr(speculate))
         self._warned = False
         if context is not None and context != "auto":
             check_int("context", context, at_least=1)
-            model_planner(model, 1, prefill_chunk).require_fits(context, kv_format)
+            model_planner(model, 1, prefill_chunk, overflow=self.overflow).require_fits(context, kv_format)
 
     def stream(
         self,
@@ -154,7 +169,7 @@ class Generator:
         with ExitStack() as undo:  # a session file that is in our hands when something is refused is let go
             saved: Session | None = None
             if session is not None:
-                cache = self.model.new_cache(len(prompts), kv_format=self.kv_format)
+                cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, **self._limits)
                 saved = Session(session, self.model, cache, prompts)
                 undo.callback(saved.close)
                 known = saved.kept
@@ -225,7 +240,10 @@ class Generator:
         return self._new_cache(prompts, max_new_tokens)
 
     def _new_cache(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
-        cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, policy=self.policy)
+        # A cache that begins in the pool of prefixes has the limits of that.
+        pooled = self.prefixes is not None and self.policy is None
+        limits = {} if pooled else self._limits
+        cache = self.model.new_cache(len(prompts), kv_format=self.kv_format, policy=self.policy, **limits)
         reuse, known = None, [0] * len(prompts)
         if self.prefixes is not None and self.policy is None and isinstance(cache, PagedCache):
             reuse = Reuse(self.prefixes, self.model, cache, prompts, self.prefill_chunk)
@@ -237,7 +255,7 @@ class Generator:
         """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
         config, model, rows = self.model.config, self.model, len(new_tokens)
         if self.context is not None and not cache.seen().any():
-            planner = model_planner(model, rows, self.prefill_chunk)
+            planner = model_planner(model, rows, self.prefill_chunk, overflow=cache.overflow)
             new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
         chunk = min(self.prefill_chunk, max(new_tokens))
         logits = 1 if self.speculate is None else 1 + self.speculate.most
