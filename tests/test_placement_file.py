@@ -35,6 +35,10 @@ def page_file(page_bytes, pages):
     return made, memory
 
 
+def touch(file, used, most, ahead=(), *, writes=False):
+    return file.touch(ids(*used), ids(*ahead), most, writes)
+
+
 def hot(file, pages):
     return [i for i in range(pages) if i in file]
 
@@ -48,25 +52,57 @@ def test_the_pages_used_longest_ago_are_dropped():
     size = 2 * SYSTEM_PAGE
     file, memory = page_file(size, 8)
     most = 4 * size
-    file.touch(ids(0, 1, 2, 3), most, writes=True)
+    touch(file, [0, 1, 2, 3], most, writes=True)
     memory[:4] = np.arange(4)[:, None] + 1
-    file.touch(ids(1), most)
-    file.touch(ids(4), most)
+    touch(file, [1], most)
+    touch(file, [4], most)
     assert hot(file, 8) == [1, 2, 3, 4] and file.resident_bytes == most
-    file.touch(ids(3, 2), most)
-    file.touch(ids(0, 5), most)
+    touch(file, [3, 2], most)
+    touch(file, [0, 5], most)
     assert hot(file, 8) == [0, 2, 3, 5] and not {1, 4} & set(in_memory(memory))
     assert (memory[:4] == np.arange(4)[:, None] + 1).all()
 
 
 def test_pages_of_one_call_stay_until_the_next():
     file, _ = page_file(SYSTEM_PAGE, 8)
-    file.touch(ids(0, 1, 2, 3, 4, 3), 2 * SYSTEM_PAGE)
+    touch(file, [0, 1, 2, 3, 4, 3], 2 * SYSTEM_PAGE)
     assert hot(file, 8) == [0, 1, 2, 3, 4]
-    file.touch(ids(), 2 * SYSTEM_PAGE)
+    touch(file, [], 2 * SYSTEM_PAGE)
     assert hot(file, 8) == [3, 4], "3 was used after 4"
-    file.touch(ids(), 0)
+    touch(file, [], 0)
     assert hot(file, 8) == [] and file.resident_bytes == 0
+
+
+def test_pages_ahead_stay_too():
+    file, memory = page_file(SYSTEM_PAGE, 8)
+    touch(file, range(8), 8 * SYSTEM_PAGE, writes=True)
+    memory[:] = np.arange(8)[:, None]
+    touch(file, [], 0)
+    touch(file, [0, 1], 2 * SYSTEM_PAGE, ahead=[2, 3])
+    assert hot(file, 8) == [0, 1, 2, 3] and (memory[:2] == np.arange(2)[:, None]).all()
+    touch(file, [2, 3], 2 * SYSTEM_PAGE, ahead=[4])
+    assert hot(file, 8) == [*in_memory(memory[:4]), 4] == [2, 3, 4]
+    assert (memory[2:5] == np.arange(2, 5)[:, None]).all()
+
+
+def test_counts_what_came_back_to_readers():
+    file, memory = page_file(SYSTEM_PAGE, 8)
+    drops = touch(file, [0, 1], 8 * SYSTEM_PAGE)
+    assert file.drops == drops < touch(file, [2], SYSTEM_PAGE) == file.drops
+    assert not memory[0].any() and in_memory(memory) == [0, 2] and hot(file, 8) == [2]
+    file.recount(ids(0), 8 * SYSTEM_PAGE)
+    assert hot(file, 8) == [0, 2]
+    file.recount(ids(1), SYSTEM_PAGE)
+    assert resident_bytes(memory) <= file.resident_bytes <= SYSTEM_PAGE
+
+
+def test_pages_without_disk_space_are_an_error():
+    """As a disk that fails is."""
+    file, _ = page_file(SYSTEM_PAGE, 8)
+    file.map(16)
+    for writes in (False, True):
+        with pytest.raises(OSError, match="Input/output error"):
+            touch(file, [12], 8 * SYSTEM_PAGE, writes=writes)
 
 
 def test_small_pages_share_what_the_system_moves():
@@ -74,11 +110,11 @@ def test_small_pages_share_what_the_system_moves():
     file, memory = page_file(size, pages)
     values = np.random.default_rng(0).integers(0, 256, (pages, size), dtype=np.uint8)
     for i in np.random.default_rng(1).permutation(pages):
-        file.touch(ids(i), 2 * SYSTEM_PAGE, writes=True)
+        touch(file, [i], 2 * SYSTEM_PAGE, writes=True)
         memory[i] = values[i]
         assert i in file and file.resident_bytes <= 2 * SYSTEM_PAGE and resident_bytes(memory) <= 2 * SYSTEM_PAGE
     for i in range(pages):
-        file.touch(ids(i), 2 * SYSTEM_PAGE)
+        touch(file, [i], 2 * SYSTEM_PAGE)
         assert (memory[i] == values[i]).all()
     file.discard(ids(*range(10, 90)))
     for i in (9, 90, *range(10)):
@@ -89,7 +125,7 @@ def test_small_pages_share_what_the_system_moves():
 
 def test_growing_keeps_bytes_and_old_mappings():
     file, memory = page_file(1000, 10)
-    file.touch(ids(9), 1 << 20, writes=True)
+    touch(file, [9], 1 << 20, writes=True)
     memory[9] = 7
     longer = file.map(50)
     file.back(np.arange(50, dtype=np.int32))
@@ -102,7 +138,7 @@ def test_growing_keeps_bytes_and_old_mappings():
         page_file(1000, 50)[0].map(49)
     for wrong in (-1, 50):
         with pytest.raises(ValueError, match=f"got {wrong}"):
-            page_file(1000, 50)[0].touch(ids(wrong), 0)
+            touch(page_file(1000, 50)[0], [wrong], 0)
 
 
 def filled(**options):

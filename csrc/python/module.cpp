@@ -85,16 +85,22 @@ void bind_page_file(nb::module_& m) {
           no_gil, "Gives the disk space and the memory of pages back.")
       .def(
           "touch",
-          [](PageFile& self, const Ids& ids, int64_t most_bytes, bool writes) {
-            return self.touch(span_of(ids), most_bytes, writes);
+          [](PageFile& self, const Ids& ids, const Ids& ahead, int64_t most_bytes, bool writes) {
+            return self.touch(span_of(ids), span_of(ahead), most_bytes, writes);
           },
-          nb::arg("ids").noconvert(), nb::arg("most_bytes"), nb::arg("writes") = false, no_gil,
-          "These pages are used next: reads them ahead, and drops others, the longest unused first, beyond most_bytes; "
-          "returns `drops`.")
-      .def("__contains__", &PageFile::contains, nb::arg("id"), "Whether a page is in memory, by this object's account.")
+          nb::arg("ids").noconvert(), nb::arg("ahead").noconvert(), nb::arg("most_bytes"), nb::arg("writes"), no_gil,
+          "Brings pages into memory and begins to read those of `ahead`; drops others, the longest unused first, "
+          "beyond "
+          "most_bytes; returns `drops`.")
+      .def(
+          "recount", [](PageFile& self, const Ids& ids, int64_t most_bytes) { self.recount(span_of(ids), most_bytes); },
+          nb::arg("ids").noconvert(), nb::arg("most_bytes"), no_gil,
+          "Counts pages as in memory that were dropped while they were read, and drops what exceeds most_bytes.")
+      .def("__contains__", &PageFile::contains, nb::arg("id"), no_gil,
+           "Whether a page is in memory, by this object's account.")
       .def_prop_ro("page_bytes", &PageFile::page_bytes)
-      .def_prop_ro("drops", &PageFile::drops)
-      .def_prop_ro("resident_bytes", &PageFile::resident_bytes)
+      .def_prop_ro("drops", &PageFile::drops, no_gil)
+      .def_prop_ro("resident_bytes", &PageFile::resident_bytes, no_gil)
       .def_prop_ro("file_bytes", &PageFile::file_bytes)
       .def_prop_ro("in_memory", &PageFile::in_memory);
 }

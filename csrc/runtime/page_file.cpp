@@ -16,7 +16,8 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#ifndef MADV_POPULATE_WRITE  // glibc 2.35
+#ifndef MADV_POPULATE_READ  // glibc 2.35
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 
@@ -63,9 +64,9 @@ Mapping::~Mapping() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
-void Mapping::advise(int64_t begin, int64_t end, int advice) const {
+int Mapping::advise(int64_t begin, int64_t end, int advice) const {
   end = std::min(end, bytes_);
-  if (begin < end) madvise(data_ + begin, end - begin, advice);
+  return begin >= end || madvise(data_ + begin, end - begin, advice) == 0 ? 0 : errno;
 }
 
 PageFile::PageFile(int descriptor, int64_t page_bytes)
@@ -124,7 +125,7 @@ void PageFile::back(std::span<const int32_t> ids) {
     const auto [begin, end] = runs[i];
     if (retry([&] { return fallocate(descriptor_, 0, begin, end - begin); }) == 0) continue;
     const std::system_error error(errno, std::generic_category(), "fallocate");
-    punch(std::span(runs).first(i + 1));
+    for (const Run done : std::span(runs).first(i + 1)) punch(done);
     throw error;
   }
 }
@@ -132,60 +133,89 @@ void PageFile::back(std::span<const int32_t> ids) {
 void PageFile::discard(std::span<const int32_t> ids) {
   const std::lock_guard lock(mutex_);
   require_owner();
-  const std::vector<Run> runs = pages_as_bytes(ids);
-  punch(runs);
-  for (const auto [begin, end] : runs) {
-    // Spans that a page beside these shares stay.
-    for (int64_t span = (begin + span_bytes_ - 1) / span_bytes_; span < end / span_bytes_; ++span) {
-      recency_.remove(static_cast<int32_t>(span));
-      states_[span].dirty = false;
-    }
+  for (const Run run : pages_as_bytes(ids)) {
+    if (!punch(run)) fail("fallocate");
   }
 }
 
-void PageFile::punch(std::span<const Run> bytes) {
-  for (const auto [begin, end] : bytes) {
-    retry([&] { return fallocate(descriptor_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, begin, end - begin); });
+bool PageFile::punch(Run bytes) {
+  const auto [begin, end] = bytes;
+  constexpr int kHole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+  if (retry([&] { return fallocate(descriptor_, kHole, begin, end - begin); }) != 0) return false;
+  for (int64_t i = begin / span_bytes_; i * span_bytes_ < end; ++i) {
+    const auto span = static_cast<int32_t>(i);
+    const bool whole = i * span_bytes_ >= begin && (i + 1) * span_bytes_ <= end;
+    // What a span shares with a page beside these is still there, and the zeros next to it have been written in memory.
+    whole ? recency_.remove(span) : recency_.touch(span);
+    states_[i].dirty = !whole;
   }
+  return true;
 }
 
-int64_t PageFile::touch(std::span<const int32_t> ids, int64_t most_bytes, bool writes) {
-  const std::lock_guard lock(mutex_);
-  require_owner();
-  ++call_;
-  std::vector<Run> used, missing;
-  int64_t untouchable = 0;
+PageFile::Marked PageFile::mark(std::span<const int32_t> ids, bool ahead, bool writes) {
+  Marked marked;
   for (const int32_t id : ids) {
     const auto [begin, end] = spans_of(id);
-    append_to(used, begin, end);
+    append_to(marked.used, begin, end);
     for (int64_t i = begin; i < end; ++i) {
       const auto span = static_cast<int32_t>(i);
       State& state = states_[i];
-      if (!recency_.contains(span)) append_to(missing, i, i + 1);
+      const bool missing = !recency_.contains(span);
+      if (missing || (state.reading && !ahead)) append_to(marked.missing, i, i + 1);
       recency_.touch(span);
-      untouchable += state.call != call_;
-      state = {.call = call_, .dirty = state.dirty || writes};
+      marked.spans += state.call != call_;
+      state = {.call = call_, .dirty = state.dirty || writes, .reading = ahead && (missing || state.reading)};
     }
   }
-  drop_oldest(most_bytes / span_bytes_, untouchable);
-  // One call makes all page faults of what will be written. A kernel before 5.14 refuses it: then they come one by one.
-  for (const auto [begin, end] : writes ? used : missing) {
-    mapping_->advise(begin * span_bytes_, end * span_bytes_, writes ? MADV_POPULATE_WRITE : MADV_WILLNEED);
-  }
+  return marked;
+}
+
+int64_t PageFile::touch(std::span<const int32_t> ids, std::span<const int32_t> ahead, int64_t most_bytes, bool writes) {
+  const std::lock_guard lock(mutex_);
+  require_owner();
+  ++call_;
+  const Marked now = mark(ids, false, writes), later = mark(ahead, true, false);
+  drop_oldest(most_bytes / span_bytes_, now.spans + later.spans);
+  const auto advise = [this](const std::vector<Run>& runs, int advice) {
+    for (const auto [begin, end] : runs) {
+      if (mapping_->advise(begin * span_bytes_, end * span_bytes_, advice) == EFAULT) {
+        throw std::system_error(EIO, std::generic_category(), "madvise");
+      }
+    }
+  };
+  // All reads are on their way before the first is waited for. Waiting here makes of a disk that fails an error, not
+  // the end of the process, and nothing that is still being read is ever dropped, which the system would not do. A
+  // kernel before 5.14 refuses to wait: pages then come by faults.
+  advise(now.missing, MADV_WILLNEED);
+  advise(later.missing, MADV_WILLNEED);
+  advise(writes ? now.used : now.missing, writes ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
   return drops_;
+}
+
+void PageFile::recount(std::span<const int32_t> ids, int64_t most_bytes) {
+  const std::lock_guard lock(mutex_);
+  require_owner();
+  ++call_;
+  mark(ids, false, false);
+  drop_oldest(most_bytes / span_bytes_, 0);
 }
 
 void PageFile::drop_oldest(int64_t most, int64_t untouchable) {
   // The system keeps a page that something of its own holds at that moment. It is still counted, and tried again.
   for (int tries = 0; tries < kTries && recency_.size() > most; ++tries) {
     std::vector<int32_t> spans = recency_.oldest(recency_.size() - std::max(most - most / kBatch, untouchable));
+    if (spans.empty()) return;
     std::ranges::sort(spans);
     std::vector<Run> runs, dirty;
     for (const int32_t span : spans) {
       append_to(runs, span, span + 1);
       if (states_[span].dirty) append_to(dirty, span, span + 1);
     }
-    write_back(dirty);
+    if (tries == 0) {
+      write_back(dirty);
+    } else if (retry([&] { return fdatasync(descriptor_); }) != 0) {  // all that a union file system passes on
+      fail("fdatasync");
+    }
     ++drops_;
     for (const Run run : runs) drop(run);
   }

@@ -24,8 +24,8 @@ class Mapping {
   Mapping& operator=(const Mapping&) = delete;
 
   uint8_t* data() const { return data_; }
-  // madvise of the bytes in it.
-  void advise(int64_t begin, int64_t end, int advice) const;
+  // madvise of the bytes in it; 0 or the error.
+  int advise(int64_t begin, int64_t end, int advice) const;
 
  private:
   uint8_t* data_ = nullptr;
@@ -49,10 +49,12 @@ class PageFile {
   void back(std::span<const int32_t> ids);
   // Gives the disk space, and the memory, of pages back; their bytes are 0 once there is space again.
   void discard(std::span<const int32_t> ids);
-  // Says that pages are used next, in this order: reads ahead those that are not in memory and, where more than
-  // most_bytes would be, first drops those used longest ago, none of these. writes: they are about to be written.
-  // Returns how many drops there have been: a greater number later means that some of these may be among them.
-  int64_t touch(std::span<const int32_t> ids, int64_t most_bytes, bool writes);
+  // Brings pages into memory, to be read or, writes, to be written; starts to read those of `ahead` too. Where more
+  // than most_bytes would be there, first drops those used longest ago, none of these. Returns how many drops there
+  // have been: a greater number later means that some of these may be among them.
+  int64_t touch(std::span<const int32_t> ids, std::span<const int32_t> ahead, int64_t most_bytes, bool writes);
+  // Counts pages as in memory, which were dropped while somebody still read them, and drops what exceeds most_bytes.
+  void recount(std::span<const int32_t> ids, int64_t most_bytes);
 
   int64_t page_bytes() const { return page_bytes_; }
   bool contains(int32_t id) const;  // whether all of a page is in memory
@@ -66,14 +68,21 @@ class PageFile {
     int64_t begin, end;  // spans
   };
   struct State {
-    uint32_t call = 0;   // that touched it last
-    bool dirty = false;  // may have to be written back
+    uint32_t call = 0;     // that touched it last
+    bool dirty = false;    // may have to be written back
+    bool reading = false;  // on its way, and not waited for yet
+  };
+
+  struct Marked {
+    std::vector<Run> used, missing;
+    int64_t spans = 0;
   };
 
   void require_owner() const;
+  Marked mark(std::span<const int32_t> ids, bool ahead, bool writes);
   Run spans_of(int32_t id) const;
   std::vector<Run> pages_as_bytes(std::span<const int32_t> ids) const;
-  void punch(std::span<const Run> bytes);
+  bool punch(Run bytes);
   void drop_oldest(int64_t most, int64_t untouchable);
   void write_back(std::span<const Run> runs) const;
   void drop(Run run);

@@ -60,10 +60,16 @@ class Overflow:
         """That the file takes of the disk."""
         return self._file.file_bytes
 
-    def tensor(self, pages: int) -> torch.Tensor:
+    def tensor(self, function: str, pages: int) -> torch.Tensor:
         """(pages, page_bytes): the memory of the first pages. Tensors made before stay valid, with the same bytes."""
+        try:
+            memory = self._file.map(pages)
+        except OSError as error:
+            needed = pages * self._file.page_bytes
+            text = f"lcore.{function}: the system has no {needed:,} addresses for the file of overflow; raise ulimit -v"
+            raise MemoryError(text) from error
         with torch.inference_mode(False):
-            return torch.from_numpy(self._file.map(pages))
+            return torch.from_numpy(memory)
 
     def back(self, function: str, ids: NDArray[np.int32]) -> None:
         """Disk space under pages: all of it or OSError, so that writing them cannot fail."""
@@ -82,15 +88,16 @@ class Overflow:
         self._file.discard(ids)
 
     @contextmanager
-    def using(self, ids: NDArray[np.int32], most_bytes: int, *, writes: bool) -> Iterator[None]:
-        """Pages are read, or written, inside; up to most_bytes of pages are in memory before and after."""
-        drops = self._file.touch(ids, most_bytes, writes)
+    def using(
+        self, ids: NDArray[np.int32], ahead: NDArray[np.int32], most_bytes: int, *, writes: bool
+    ) -> Iterator[None]:
+        """Pages are read, or written, inside, those of `ahead` soon after; afterwards most_bytes are in memory."""
+        drops = self._file.touch(ids, ahead, most_bytes, writes)
         try:
             yield
         finally:
-            if self._file.drops != drops:  # another thread has: what was still needed is in memory again, uncounted
-                self._file.touch(ids, most_bytes, writes)
-            self._file.touch(ids[:0], most_bytes)
+            # What another thread has dropped meanwhile came back where it was still needed.
+            self._file.recount(ids if self._file.drops != drops else ids[:0], most_bytes)
 
 
 def overflow_folder(function: str, overflow: Folder, max_bytes: int | None) -> str | None:

@@ -66,8 +66,8 @@ def attend(pool: PagePool, page_size: int, queries: Queries, left: int, kernel: 
     rows: list[tuple[Tensor, Tensor]] = []
     for i, part in enumerate(parts):
         ends = i + 1 == len(parts)
-        ahead = not ends and len(ids[i]) + len(ids[i + 1]) <= room
-        with pool.using(np.concatenate(ids[i : i + 1 + ahead])):
+        ahead = [] if ends or len(ids[i]) + len(ids[i + 1]) > room else [ids[i + 1]]
+        with pool.using(ids[i], *ahead):
             heads.append(kernel(queries.part(*part)))
         if ends or parts[i + 1][0] != part[0]:
             outs, lses = zip(*heads, strict=True)

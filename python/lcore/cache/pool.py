@@ -157,19 +157,19 @@ class PagePool:
         """How much of the pages may be in memory; None for all of them."""
         return None if self.overflow is None or self.max_bytes is None else max(0, self.max_bytes - self.member_bytes)
 
-    def using(self, ids: Ids = _NO_IDS, *, writes: bool = False) -> AbstractContextManager[None]:
+    def using(self, ids: Ids = _NO_IDS, ahead: Ids = _NO_IDS, *, writes: bool = False) -> AbstractContextManager[None]:
         """Pages that are read or written inside; with overflow they are fetched, and others dropped beyond hot_bytes.
 
-        Inside, pages of this call stay, even where they alone are more than that.
+        Inside, pages of this call stay, even where they alone are more than that. ahead: pages that are read next.
         """
         hot = self.hot_bytes
         if self.overflow is None or hot is None:
             return nullcontext()
-        return self.overflow.using(ids, hot, writes=writes)
+        return self.overflow.using(ids, ahead, hot, writes=writes)
 
     def _tensor(self, function: str, pages: int, page_bytes: int) -> torch.Tensor:
         if self.overflow is not None:
-            return self.overflow.tensor(pages)
+            return self.overflow.tensor(function, pages)
         return new_tensor(function, (pages, page_bytes), torch.uint8)
 
 
