@@ -13,9 +13,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -31,19 +30,19 @@ from lcore.cache import kernels, parts
 from lcore.cache.layer import Layer
 
 PAGE_SIZE = 64
-DISK_BYTES = 512 << 20
+Places: TypeAlias = NDArray[np.int64]
 
 
-def disk_gbytes(folder: str, block: int, ordered: bool) -> float:
-    """GB/s of reads of `block` bytes of a file that is not in memory."""
+def disk_gbytes(folder: str, size: int, block: int, ordered: bool) -> float:
+    """GB/s of reads of `block` bytes of a file of `size` bytes that is not in memory."""
     with tempfile.TemporaryFile(dir=folder) as file:
         descriptor = file.fileno()
-        for begin in range(0, DISK_BYTES, 8 << 20):
+        for begin in range(0, size, 8 << 20):
             os.pwrite(descriptor, os.urandom(8 << 20), begin)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL if ordered else os.POSIX_FADV_RANDOM)
-        blocks = np.arange(DISK_BYTES // block)
+        blocks = np.arange(size // block)
         blocks = blocks if ordered else np.random.default_rng(0).permutation(blocks)[: len(blocks) // 8]
         start = time.perf_counter()
         for index in blocks.tolist():
@@ -58,29 +57,32 @@ def fetched_bytes() -> int:
 
 
 class Steps:
-    """One new token's attention in all layers of a cache; counts what its steps fetch."""
+    """One new token's attention in all layers of a cache; counts what its steps fetch.
 
-    def __init__(self, cache: lcore.PagedCache, q: Tensor, chosen: int | None, reuse: float) -> None:
+    chosen: for each step and layer the pages to read; without it all are read.
+    """
+
+    def __init__(self, cache: lcore.PagedCache, q: Tensor, chosen: list[list[Places]] | None) -> None:
         self.fetched: list[int] = []
-        self._cache, self._q, self._chosen, self._reuse = cache, q, chosen, reuse
-        self._generator = np.random.default_rng(0)
-        self._pages: list[NDArray[np.int32] | None] = [None] * cache.num_layers
+        self._cache, self._q = cache, q
+        self._chosen = None if chosen is None else iter(chosen)
 
     def __call__(self) -> None:
         before = fetched_bytes()
-        for layer in range(self._cache.num_layers):
-            if self._chosen is None:
+        if self._chosen is None:
+            for layer in range(self._cache.num_layers):
                 self._cache.attend(layer, self._q)
-            else:
-                self._attend_chosen(layer, self._chosen)
+        else:
+            for layer, places in enumerate(next(self._chosen)):
+                self._attend_chosen(layer, places)
         self.fetched.append(fetched_bytes() - before)
 
-    def _attend_chosen(self, layer: int, count: int) -> None:
+    def _attend_chosen(self, layer: int, places: Places) -> None:
         slots = self._cache._slots
         assert slots is not None
         pages, view = slots.snapshot(layer)
-        table = torch.from_numpy(np.take_along_axis(view.host_table, self._choose(layer, count), -1))
-        lengths = torch.full_like(view.lengths, count * PAGE_SIZE)
+        table = torch.from_numpy(np.take_along_axis(view.host_table, places, -1))
+        lengths = torch.full_like(view.lengths, places.shape[-1] * PAGE_SIZE)
         few = Layer(table, lengths, view.tail_k, view.tail_v, table.numpy(), lengths.numpy())
 
         def kernel(part: parts.Queries) -> tuple[Tensor, Tensor]:
@@ -89,19 +91,20 @@ class Steps:
 
         parts.attend(slots.pool, PAGE_SIZE, parts.Queries(few, self._q, None, None, None), -1, kernel)
 
-    def _choose(self, layer: int, count: int) -> NDArray[np.int32]:
-        """(1, kv_heads, count) places of pages: of those of the step before, `reuse` of them."""
-        cache, before = self._cache, self._pages[layer]
-        total = int(cache.lengths(layer).min()) // PAGE_SIZE
-        kept = 0 if before is None else round(self._reuse * count)
-        rows = []
-        for head in range(cache.num_kv_heads):
-            old = np.empty(0, np.int32) if before is None else self._generator.permutation(before[0, head])[:kept]
-            new = np.setdiff1d(self._generator.permutation(total)[: 2 * count], old)
-            rows.append(np.sort(np.concatenate([old, self._generator.permutation(new)[: count - kept]])))
-        chosen = np.stack(rows)[None].astype(np.int32)
-        self._pages[layer] = chosen
-        return chosen
+
+def selections(steps: int, layers: int, kv_heads: int, total: int, count: int, reuse: float) -> list[list[Places]]:
+    """For each step and layer (1, kv_heads, count) of `total` pages: of those of the step before, `reuse` of them."""
+    generator = np.random.default_rng(0)
+
+    def following(before: NDArray[np.int64]) -> NDArray[np.int64]:
+        old = generator.permutation(before)[: round(reuse * count)]
+        others = np.setdiff1d(np.arange(total), old)
+        return np.sort(np.concatenate([old, generator.permutation(others)[: count - len(old)]]))
+
+    chosen = [[[generator.permutation(total)[:count] for _ in range(kv_heads)] for _ in range(layers)]]
+    for _ in range(steps - 1):
+        chosen.append([[following(head) for head in layer] for layer in chosen[-1]])
+    return [[np.stack(layer)[None] for layer in step] for step in chosen]
 
 
 def fill(cache: lcore.PagedCache, tokens: int) -> float:
@@ -127,8 +130,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     assert placed.overflow is not None
     page = int(placed.stats()["page_bytes"])
     disk = {
-        "disk_gbytes": disk_gbytes(placed.overflow, 8 << 20, True),
-        "disk_page_gbytes": disk_gbytes(placed.overflow, page, False),
+        "disk_gbytes": disk_gbytes(placed.overflow, args.disk_mbytes << 20, 8 << 20, True),
+        "disk_page_gbytes": disk_gbytes(placed.overflow, args.disk_mbytes << 20, page, False),
     }
     common = {
         "kind": "placement", "kv_format": args.kv_format, "layers": args.layers, "heads": geometry.heads,
@@ -140,15 +143,19 @@ def measure(args: argparse.Namespace) -> list[Row]:
     appending = (fill(memory, args.tokens) / args.tokens, fill(placed, args.tokens) / args.tokens)
     rows = [row(common, "append", None, None, appending, 0.0, placed)]
     q = torch.randn(1, 1, geometry.heads, geometry.head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
-    cases: list[tuple[int | None, float]] = [(None, 1.0), *((args.selected // PAGE_SIZE, r) for r in args.reuse)]
-    for chosen, reuse in cases:
-        print(f"{'all' if chosen is None else f'{chosen} pages a head, reuse {reuse}'}", file=sys.stderr)
-        steps = [Steps(cache, q, chosen, reuse) for cache in (memory, placed)]
-        calls: dict[int, Callable[[], object]] = {i: partial(step) for i, step in enumerate(steps)}
-        times = median_seconds(calls, args.seconds)
-        fetched = float(np.median(steps[1].fetched[1:]))
-        what, tokens = ("all", args.tokens) if chosen is None else ("selected", chosen * PAGE_SIZE)
-        rows.append(row(common, what, tokens, reuse if chosen else None, (times[0], times[1]), fetched, placed))
+    count = args.selected // PAGE_SIZE
+    for reuse in (None, *args.reuse):
+        print("all" if reuse is None else f"{count} pages a head, {reuse:.0%} as before", file=sys.stderr)
+        chosen = None
+        if reuse is not None:
+            total = args.tokens // PAGE_SIZE
+            chosen = selections(args.steps + 1, args.layers, geometry.kv_heads, total, count, reuse)
+        steps = [Steps(cache, q, chosen) for cache in (memory, placed)]
+        calls = dict(enumerate(steps))
+        times = median_seconds(calls, args.seconds) if chosen is None else median_seconds(calls, 0, least=args.steps)
+        fetched = float(np.median(steps[1].fetched[1:] or steps[1].fetched))
+        what, tokens = ("all", args.tokens) if chosen is None else ("selected", count * PAGE_SIZE)
+        rows.append(row(common, what, tokens, reuse, (times[0], times[1]), fetched, placed))
     return rows
 
 
@@ -184,6 +191,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--selected", type=int, default=2048, help="tokens of each head that a selection reads")
     parser.add_argument("--reuse", type=float, nargs="+", default=[0.0, 0.5, 0.9], help="of it, as the step before")
     parser.add_argument("--overflow", metavar="FOLDER", help="of the file; $TMPDIR or /var/tmp")
+    parser.add_argument("--steps", type=int, default=40, help="with a selection, of which the median is taken")
+    parser.add_argument("--disk-mbytes", type=int, default=512, help="of the file that measures the disk")
     parser.add_argument("--seconds", type=float, default=5.0, help="to spend on each figure, if its calls are short")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to stdout")
     return parser.parse_args(argv)
