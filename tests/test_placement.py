@@ -134,6 +134,7 @@ def test_forks_in_threads_share_the_file(one_thread):
     assert not failed, failed
     for fork in forks:
         fork.check_contents()
+    pair.check_bytes()
 
 
 def test_prefixes_in_a_file(one_thread):
