@@ -27,7 +27,6 @@ from bench.machine import Row, peaks, result, write_json
 from bench.tables import show
 from bench.timer import median_seconds
 from lcore.cache import kernels, parts
-from lcore.cache.layer import Layer
 
 PAGE_SIZE = 64
 Places: TypeAlias = NDArray[np.int64]
@@ -83,7 +82,7 @@ class Steps:
         pages, view = slots.snapshot(layer)
         table = torch.from_numpy(np.take_along_axis(view.host_table, places, -1))
         lengths = torch.full_like(view.lengths, places.shape[-1] * PAGE_SIZE)
-        few = Layer(table, lengths, view.tail_k, view.tail_v, table.numpy(), lengths.numpy())
+        few = view._replace(table=table, lengths=lengths, host_table=table.numpy(), host_lengths=lengths.numpy())
 
         def kernel(part: parts.Queries) -> tuple[Tensor, Tensor]:
             scores = ((-1, -1), self._q.shape[-1] ** -0.5, 0.0, None, None)

@@ -30,12 +30,14 @@ class Queries(NamedTuple):
         """That of some rows and kv heads."""
         group = self.q.shape[2] // self.view.host_lengths.shape[1]
         of_q = slice(heads.start * group, heads.stop * group)
-        table, lengths, tail_k, tail_v = (x[rows, heads].contiguous() for x in self.view[:4])
+        names = ("table", "lengths", "tail_k", "tail_v")
+        own = {name: getattr(self.view, name)[rows, heads].contiguous() for name in names}
+        host = {f"host_{name}": own[name].numpy() for name in names[:2]}
         slopes = self.alibi_slopes
         if slopes is not None:
             slopes = (slopes[of_q] if slopes.dim() == 1 else slopes[rows, of_q]).contiguous()
         return Queries(
-            Layer(table, lengths, tail_k, tail_v, table.numpy(), lengths.numpy()),
+            self.view._replace(**own, **host),
             self.q[rows, :, of_q],
             None if self.counts is None else self.counts[rows],
             slopes,
