@@ -110,6 +110,15 @@ COLUMNS: dict[str, list[Column]] = {
         ("reads", _show("select")), ("tokens", _show("tokens")), ("of them read", _show("read_tokens")),
         ("needles found", lambda row: f"{row['found']} of {row['of']}"), ("missed at most", _show("missed", "{:.2%}")),
     ],
+    "placement": [
+        ("format", _show("kv_format")), ("tokens", _show("tokens")), ("layers", _show("layers")), ("heads", _heads),
+        ("head_dim", _show("head_dim")), ("content MB", _show("content_mbytes", "{:.0f}")),
+        ("max_bytes MB", _show("max_mbytes", "{:.0f}")), ("a step", _show("what")), ("reads", _show("read_tokens")),
+        ("reuse", _show("reuse", "{:.0%}")), ("all in memory ms", _show("memory_ms", "{:.2f}")),
+        ("ms", _show("ms", "{:.2f}")), ("tokens/s", _show("tokens_per_s", "{:.1f}")),
+        ("of memory's", _show("of_memory", "{:.0%}")), ("fetched MB", _show("fetched_mbytes", "{:.1f}")),
+        ("GB/s", _show("fetched_gbytes_per_s", "{:.2f}")), ("of disk", _show("of_disk", "{:.0%}")),
+    ],
     "key_mass": [
         ("dtype", _show("dtype")), ("queries", _show("queries")), ("keys", _show("keys")), ("heads", _heads),
         ("head_dim", _show("head_dim")), ("ms", _show("ms", "{:.2f}")), ("GFLOP/s", _show("gflops", "{:.0f}")),

@@ -84,6 +84,20 @@ def test_page_bounds_runs(tmp_path):
         assert row["of_dense"] == pytest.approx(row["ms"] / row["dense_ms"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="overflow needs Linux")
+def test_placement_runs(tmp_path):
+    shape = ["--tokens", "640", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--head-dim", "64"]
+    rows = run("placement", tmp_path, *shape, "--selected", "128", "--reuse", "0", "1", "--disk-mbytes", "16")["rows"]
+    assert [(row["what"], row["reuse"]) for row in rows] == [
+        ("append", None), ("all", None), ("selected", 0.0), ("selected", 1.0),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["content_mbytes"] == pytest.approx(640 * 2 * 2 * 64 * 4 / 1e6)
+        assert row["max_mbytes"] == pytest.approx(row["content_mbytes"] / 4)
+        assert row["of_memory"] == pytest.approx(row["memory_ms"] / row["ms"])
+        assert row["of_disk"] == pytest.approx(row["fetched_mbytes"] / row["ms"] / row["disk_gbytes"])
+
+
 def test_speculation_runs(tmp_path):
     shape = ["--layers", "1", "--hidden", "64", "--tokens", "400", "--long-tokens", "150", "--window", "32"]
     content = run("speculation", tmp_path, *shape, "--new-tokens", "20", "--texts", "phrases", "code", "--threads", "1")

@@ -244,7 +244,7 @@ def test_an_error_leaves_the_file_as_it_was(model, path, monkeypatch):
     monkeypatch.setattr(type(model), "forward", fail)
     with pytest.raises(FloatingPointError, match="broken"):
         gen.generate(PROMPT, session=path)
-    monkeypatch.setattr("lcore.generation.generator.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lcore.generation.caches.free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match="1,000 bytes are free"):
         gen.generate(PROMPT, session=path)
     assert path.read_bytes() == before and os.listdir(path.parent) == ["a.session"]

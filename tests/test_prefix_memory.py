@@ -10,7 +10,7 @@ from prefix_cases import LAYERS, PAGES_A_RUN, assert_holds, new_cache, read, sta
 from scripted_model import PagedHistoryModel
 
 import lcore
-from lcore.generation import Generator, generator
+from lcore.generation import Generator, caches
 
 
 def test_the_index_never_makes_the_pool_grow():
@@ -156,12 +156,12 @@ def test_a_pool_too_large_to_grow_is_left_for_a_new_one(monkeypatch):
     reader = Generator(model)
     reader.generate(PROMPTS[0], max_new_tokens=8)
     held, old = reader.cache, pool_of(reader.cache)
-    needed = old.nbytes + generator.workspace_bytes(model.config, 208, 1, 4)
-    monkeypatch.setattr(generator, "free_bytes", lambda device: needed)
+    needed = old.nbytes + caches.workspace_bytes(model.config, 208, 1, 4)
+    monkeypatch.setattr(caches, "free_bytes", lambda device: needed)
     expected = Generator(model, prefix_reuse=False).generate(PROMPTS[1], max_new_tokens=8).tokens
     assert reader.generate(PROMPTS[1], max_new_tokens=8).tokens == expected
     assert pool_of(reader.cache) is not old and pool_of(reader.cache).shape == old.shape
-    monkeypatch.setattr(generator, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(caches, "free_bytes", lambda device: needed - 1)
     for reuse in (reader.prefixes, False):
         with pytest.raises(MemoryError, match=r"208 tokens need .* bytes are free; \d+ tokens would fit"):
             Generator(model, prefix_reuse=reuse).stream(PROMPTS[2], max_new_tokens=8)
@@ -173,7 +173,7 @@ def test_with_little_memory_free_the_index_gives_up_what_max_bytes_allows(monkey
     for prompt in PROMPTS[:2]:
         Generator(model, prefix_reuse=prefixes).generate(prompt, max_new_tokens=8)
     assert prefixes.stats()["evictions"] == 0
-    monkeypatch.setattr(generator, "free_bytes", lambda device: generator.workspace_bytes(model.config, 208, 1, 4))
+    monkeypatch.setattr(caches, "free_bytes", lambda device: caches.workspace_bytes(model.config, 208, 1, 4))
     Generator(model, prefix_reuse=prefixes).generate(PROMPTS[2], max_new_tokens=8)
     assert 0 < prefixes.stats()["evictions"] <= 26
 
@@ -183,5 +183,5 @@ def test_a_known_text_needs_no_more_memory_than_its_end(monkeypatch):
     reader = Generator(model)
     reader.generate([PROMPTS[0], PROMPTS[1]], max_new_tokens=0)
     reader.cache = None  # so that the second text can be given up
-    monkeypatch.setattr(generator, "free_bytes", lambda device: generator.workspace_bytes(model.config, 21, 1, 4))
+    monkeypatch.setattr(caches, "free_bytes", lambda device: caches.workspace_bytes(model.config, 21, 1, 4))
     assert reader.generate([*PROMPTS[0], 5], max_new_tokens=20).stats.reused_tokens == 200

@@ -87,9 +87,9 @@ def _tensors(slots):
 def test_a_table_that_names_other_pages(path, entry, text, monkeypatch):
     cache = filled_cache(40)
 
-    def wrong(name, path, strings, pool, ids, tensors):
+    def wrong(name, path, strings, pool, ids, tensors, using):
         tensors["table"][0, 0, 0, 0] = entry
-        write_session(name, path, strings, pool, ids, tensors)
+        write_session(name, path, strings, pool, ids, tensors, using)
 
     monkeypatch.setattr("lcore.cache.sessions.write_session", wrong)
     cache.save(path)

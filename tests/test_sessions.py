@@ -192,7 +192,8 @@ def test_a_file_fills_only_an_empty_cache_of_its_settings(path):
 
 def test_every_argument_of_a_cache_is_accounted_for():
     """A new one must be kept in the file, unless it is the loader's choice or has only one value yet."""
-    chosen_by_the_loader, single = {"device", "max_bytes", "select"}, {"rotate", "policy"}
+    chosen_by_the_loader = {"device", "max_bytes", "overflow", "select"}
+    single = {"rotate", "policy"}
     assert set(inspect.signature(lcore.PagedCache).parameters) == {*OPTIONS, *chosen_by_the_loader, *single}
 
 

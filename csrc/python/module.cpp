@@ -4,24 +4,32 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <cerrno>
+#include <exception>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "runtime/ngram_index.h"
 #include "runtime/page_allocator.h"
+#include "runtime/page_file.h"
 #include "runtime/prefix_index.h"
 
 namespace nb = nanobind;
+using lcore::runtime::Mapping;
 using lcore::runtime::NgramIndex;
 using lcore::runtime::OutOfPages;
 using lcore::runtime::PageAllocator;
+using lcore::runtime::PageFile;
 using lcore::runtime::PrefixIndex;
 using lcore::runtime::Rows;
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Tokens = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Memory = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
 using NewIds = nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>;
 using NewMatrix = nb::ndarray<nb::numpy, int32_t, nb::ndim<2>>;
 
@@ -45,6 +53,58 @@ NewIds to_numpy(std::vector<int32_t>&& values) {
   const size_t size = values.size();
   return to_numpy<NewIds>(std::move(values), {size});
 }
+
+#ifdef __linux__
+void bind_page_file(nb::module_& m) {
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      errno = error.code().value();
+      PyErr_SetFromErrno(PyExc_OSError);
+    }
+  });
+  const nb::call_guard<nb::gil_scoped_release> no_gil;
+  nb::class_<PageFile>(m, "PageFile", "Pages in a mapped file, those used last in memory; one mutex a call.")
+      .def(nb::init<int, int64_t>(), nb::arg("descriptor"), nb::arg("page_bytes"))
+      .def(
+          "map",
+          [](PageFile& self, int64_t num_pages) {
+            auto* held = new std::shared_ptr<Mapping>(self.map(num_pages));
+            const nb::capsule owner(held, [](void* p) noexcept { delete static_cast<std::shared_ptr<Mapping>*>(p); });
+            const size_t pages = num_pages, bytes = self.page_bytes();
+            return Memory((*held)->data(), {pages, bytes}, owner);
+          },
+          nb::arg("num_pages"),
+          "Memory of the first pages, (num_pages, page_bytes) uint8; what was mapped before stays.")
+      .def(
+          "back", [](PageFile& self, const Ids& ids) { self.back(span_of(ids)); }, nb::arg("ids").noconvert(), no_gil,
+          "Disk space under pages; OSError, and none for any of them, when there is too little.")
+      .def(
+          "discard", [](PageFile& self, const Ids& ids) { self.discard(span_of(ids)); }, nb::arg("ids").noconvert(),
+          no_gil, "Gives the disk space and the memory of pages back.")
+      .def(
+          "touch",
+          [](PageFile& self, const Ids& ids, const Ids& ahead, int64_t most_bytes, bool writes) {
+            return self.touch(span_of(ids), span_of(ahead), most_bytes, writes);
+          },
+          nb::arg("ids").noconvert(), nb::arg("ahead").noconvert(), nb::arg("most_bytes"), nb::arg("writes"), no_gil,
+          "Brings pages into memory and begins to read those of `ahead`; drops others, the longest unused first, "
+          "beyond "
+          "most_bytes; returns `drops`.")
+      .def(
+          "recount", [](PageFile& self, const Ids& ids, int64_t most_bytes) { self.recount(span_of(ids), most_bytes); },
+          nb::arg("ids").noconvert(), nb::arg("most_bytes"), no_gil,
+          "Counts pages as in memory that were dropped while they were read, and drops what exceeds most_bytes.")
+      .def("__contains__", &PageFile::contains, nb::arg("id"), no_gil,
+           "Whether a page is in memory, by this object's account.")
+      .def_prop_ro("page_bytes", &PageFile::page_bytes)
+      .def_prop_ro("drops", &PageFile::drops, no_gil)
+      .def_prop_ro("resident_bytes", &PageFile::resident_bytes, no_gil)
+      .def_prop_ro("file_bytes", &PageFile::file_bytes)
+      .def_prop_ro("in_memory", &PageFile::in_memory);
+}
+#endif
 
 }  // namespace
 
@@ -75,6 +135,9 @@ NB_MODULE(_runtime, m) {
           nb::arg("ids").noconvert(), "Whether each of these pages has one reference.")
       .def_prop_ro("num_pages", &PageAllocator::num_pages)
       .def_prop_ro("free_count", &PageAllocator::free_count);
+#ifdef __linux__
+  bind_page_file(m);
+#endif
   nb::class_<PrefixIndex>(m, "PrefixIndex",
                           "Pages of the beginnings of texts, by namespace and token ids; one mutex a call.",
                           nb::is_weak_referenceable())

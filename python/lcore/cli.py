@@ -18,12 +18,14 @@ from rich.console import Console
 
 import lcore
 from lcore.cache.formats import FORMATS
+from lcore.cache.overflow import overflow_folder
 from lcore.cache.policies import parse_policy
 from lcore.cache.selection import parse_selection
 from lcore.cli_options import (
     Chunk,
     Context,
     KvFormat,
+    Overflow,
     Policy,
     Select,
     SessionFile,
@@ -32,6 +34,7 @@ from lcore.cli_options import (
     parse_dtype,
     parse_formats,
     parse_layers,
+    parse_overflow,
 )
 from lcore.demo import run_demo
 from lcore.evaluation import needle
@@ -103,6 +106,7 @@ def generate(
     select: Select = None,
     session: SessionFile = None,
     context: Context = None,
+    overflow: Overflow = None,
     dtype: WeightDtype = "auto",
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With or without the chat template; default: if there is one.")
@@ -134,6 +138,7 @@ def generate(
             select=None if select is None else parse_selection(select),
             skip_layers=parse_layers(skip_layers),
             fp_prefix=fp_prefix,
+            overflow=parse_overflow(overflow),
         )
         events = generator.stream(
             [{"role": "user", "content": text}] if use_chat else text,
@@ -159,12 +164,14 @@ def plan(
     kv_format: Annotated[str | None, typer.Option(help="Only this format (K,V for two); default: all.")] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", min=1, help="Rows.")] = 1,
     prefill_chunk: Chunk = 2048,
+    overflow: Overflow = None,
     dtype: WeightDtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, in bytes.")] = False,
 ) -> None:
     """Print what a context needs of memory, item by item and format by format, and the longest that fits."""
     with user_errors():
-        planner = folder_planner(model, parse_dtype(dtype), batch, prefill_chunk)
+        file = overflow_folder("plan", parse_overflow(overflow), 0)
+        planner = folder_planner(model, parse_dtype(dtype), batch, prefill_chunk, file)
         found = planner.plan(context, [parse_formats(kv_format)] if kv_format else tuple(FORMATS))
         if as_json:
             typer.echo(json.dumps(asdict(found), indent=2))

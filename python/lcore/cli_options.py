@@ -18,6 +18,10 @@ KvFormat: TypeAlias = Annotated[
         help="Format of the cache: fp32, fp16, bf16, fp8, int8, int4, int2 (K,V for two); default: the dtype."
     ),
 ]
+Overflow: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Folder on a disk for the part of the cache that memory has no room for; auto: the system's."),
+]
 Policy: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Keep a part of the text: NAME:budget=TOKENS[,key=value], as snapkv:budget=2048,reindex=true."),
@@ -46,6 +50,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
         raise typer.BadParameter(f"--skip-layers must be numbers with commas between them, got {text!r}") from None
+
+
+def parse_overflow(text: str | None) -> str | bool | None:
+    """A folder, True for "auto"."""
+    return True if text == "auto" else text
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from lcore.cache.checks import CPU
 from lcore.cache.kernels import compact_
-from lcore.cache.layer import between
+from lcore.cache.layer import Layer, between
 from lcore.cache.pool import Ids
+from lcore.cache.room import make_room
 from lcore.cache.slots import Slots, assign
 from lcore.errors import check_tensor, require
 
@@ -101,7 +102,8 @@ def _compact(function: str, slots: Slots, layer: int, keep: Mask) -> None:
     tokens = np.nonzero(keep)[-1].astype(np.int32)
     arguments = [torch.from_numpy(x) for x in (new_table, tokens, offsets)]
     try:
-        compact_(slots.pool.data, view, slots.layout, *arguments)
+        with slots.using(layer), slots.pool.using(new_table[_written(view, keep, size)], writes=True):
+            compact_(slots.pool.data, view, slots.layout, *arguments)
     finally:
         # The kernel has set the lengths if it ran, even when Ctrl-C came after it.
         if np.array_equal(view.host_lengths, counts):
@@ -114,13 +116,18 @@ def _compact(function: str, slots: Slots, layer: int, keep: Mask) -> None:
 def _fresh_pages(function: str, slots: Slots, layer: int, keep: Mask) -> tuple[Ids, Mask]:
     """New pages for those that will be written and that others hold too, and a mask of these in the table."""
     view, size = slots.layers[layer], slots.layout.page_size
-    unmoved = np.where(keep.all(-1), keep.shape[-1], keep.argmin(-1))  # tokens before the first one dropped
-    last = np.where(unmoved == view.host_lengths, 0, keep.sum(-1) // size)
-    shared = between(unmoved // size, last, view.host_table.shape[-1])
+    shared = _written(view, keep, size)
     shared[shared] = slots.pool.allocator.refcounts(view.host_table[shared]) > 1
     count = int(shared.sum())
-    slots.make_room(function, 0, count)
+    make_room(function, slots, 0, count)
     return slots.pool.allocator.allocate(count), shared
+
+
+def _written(view: Layer, keep: Mask, size: int) -> Mask:
+    """Mask over the table: places whose pages change, from the first token dropped to the last kept full page."""
+    unmoved = np.where(keep.all(-1), keep.shape[-1], keep.argmin(-1))
+    last = np.where(unmoved == view.host_lengths, 0, keep.sum(-1) // size)
+    return between(unmoved // size, last, view.host_table.shape[-1])
 
 
 def _thinned(slots: Slots, layer: int, keep: Mask) -> NDArray[np.int64]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from lcore.cache import kernels
-from lcore.cache.formats import PageLayout
-from lcore.cache.layer import Layer
 from lcore.cache.page_values import page_values
+
+if TYPE_CHECKING:
+    from lcore.cache.slots import Slots
 
 
 class LayerPages:
@@ -17,17 +20,20 @@ class LayerPages:
     page_size: tokens a page.
     """
 
-    def __init__(self, pool: Tensor, layer: Layer, layout: PageLayout, mass: Tensor | None) -> None:
-        self.page_size = layout.page_size
-        self._pool, self._layer, self._layout, self._mass = pool, layer, layout, mass
+    def __init__(self, slots: Slots, layer: int, mass: Tensor | None) -> None:
+        self._slots, self._layout, self._mass = slots, slots.layout, mass
+        self._pool, self._layer = slots.snapshot(layer)
+        self.page_size = slots.layout.page_size
 
     def bounds(self, first: int, last: int) -> Tensor:
         """(batch, kv_heads, last - first, 2, head_dim) bfloat16: least and greatest key channels, rounded outward."""
-        return kernels.page_bounds(self._pool, self._layer, self._layout, first, last, torch.bfloat16)
+        with self._slots.using(self._layer.number, first, last):
+            return kernels.page_bounds(self._pool, self._layer, self._layout, first, last, torch.bfloat16)
 
     def keys(self, first: int, last: int) -> Tensor:
         """(batch, kv_heads, last - first, page_size, head_dim) float32, as they are stored."""
-        return page_values(self._pool, self._layer, self._layout, first, last - first, torch.float32)[0]
+        with self._slots.using(self._layer.number, first, last):
+            return page_values(self._pool, self._layer, self._layout, first, last - first, torch.float32)[0]
 
     def mass(self, first: int, last: int) -> Tensor:
         """(batch, kv_heads, last - first, page_size) float32: attention observed so far, for one that `observes`."""

@@ -72,11 +72,10 @@ class PageIndex:
     def update(self, function: str, slots: Slots, layer: int, selection: Selection, last: NDArray[np.int32]) -> Tensor:
         """The summaries of a layer, with the first last[batch, kv_head] pages of each slot among them."""
         known = self.known[layer]
-        pool, view = slots.snapshot(layer)
-        shape = (*view.lengths.shape, int(last.max()), 2, slots.layout.head_dim)
+        shape = (*known.shape, int(last.max()), 2, slots.layout.head_dim)
         summaries = self._wide(function, slots.pool, self.summaries, layer, shape, torch.bfloat16)
         begin = int(np.where(known < last, known, shape[2]).min())
-        pages = LayerPages(pool, view, slots.layout, self.mass[layer])
+        pages = LayerPages(slots, layer, self.mass[layer])
         for first in range(begin, shape[2], _PAGES):
             end = min(first + _PAGES, shape[2])
             new = between(np.maximum(known - first, 0), last - first, end - first)
@@ -112,7 +111,8 @@ class PageIndex:
             plain_pages=max(0, view.plain_pages - first),
         )  # fmt: skip
         scores = ((window, 0), softmax_scale, softcap, None)
-        seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum", None)
+        with slots.using(layer, first):
+            seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum", None)
         shape = (*view.lengths.shape, int(view.host_lengths.max()))
         mass = self._wide(function, slots.pool, self.mass, layer, shape, torch.float32)
         mass[..., first * size : shape[-1]] += seen

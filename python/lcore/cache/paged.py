@@ -12,6 +12,7 @@ from lcore.cache import sessions
 from lcore.cache.checks import check_int, check_options, check_states, row_counts
 from lcore.cache.formats import page_layout
 from lcore.cache.key_rope import check_rope
+from lcore.cache.overflow import Folder, Overflow, overflow_folder
 from lcore.cache.policies.base import Policy, check_policy
 from lcore.cache.pool import PagePool
 from lcore.cache.reading import LayerReader
@@ -42,7 +43,10 @@ class PagedCache(LayerReader):
         skip_layers: layers whose pages hold values of dtype where kv_format is coded. fp_prefix: so many tokens at the
             begin of every slot, attention sinks among them, do too, in whole pages; they are never evicted.
         page_size: tokens a page, 1 to 4096; 16, 32, 64, 128 or 256 where pages are coded (fp8 and integers).
-        max_bytes: limit on what this cache and its forks hold together; MemoryError before it is exceeded.
+        max_bytes: limit on what this cache and its forks hold in memory together; MemoryError before it is exceeded.
+        overflow: a folder on a disk, or True for $TMPDIR or else /var/tmp: pages that max_bytes leaves no room for are
+            in a file there, without a name, that is gone with the cache. Those used last stay in memory, and what a
+            call reads is fetched. Needs max_bytes, and Linux.
         rope: keys are given and stored before RoPE, and so are queries given: `attend` and `key_mass` read key i of a
             head as rotated to position i, its place in the cache, and the last query of a head that holds m tokens as
             rotated to m - 1. Where tokens were evicted, the others close up. A `lcore.positions.Rotation`, or one or
@@ -53,12 +57,14 @@ class PagedCache(LayerReader):
 
     Raises:
         TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
-        system has no room. A call that raises one of these has changed nothing, and the cache can be used on.
+        system has no room. OSError: the folder or the disk of overflow. A call that raises one of these has changed
+        nothing, and the cache can be used on.
 
     Memory: the pool grows to half more than it was by copying, so that for a moment both are held; `reserve` makes it
         exact and once. Forks share the pool and its full pages; tables and tails are their own. Pages go back to the
         pool when the last cache that holds them is closed or garbage-collected, the pool to the system with the last
-        cache of the family.
+        cache of the family. With overflow the pool grows without a copy; while a call works, what it reads of one head
+        is in memory even where that alone exceeds max_bytes.
     Threads: forks of one family may be used by different threads; one cache by one thread at a time.
     Gradients: none are kept.
     """
@@ -76,6 +82,7 @@ class PagedCache(LayerReader):
         rotate: bool = False,
         page_size: int = 64,
         max_bytes: int | None = None,
+        overflow: Folder = None,
         policy: Policy | None = None,
         select: Selection | None = None,
         head_dim_v: int | None = None,
@@ -96,7 +103,8 @@ class PagedCache(LayerReader):
         self.kv_format = (layout.k.name, layout.v.name)
         self.page_size, self.max_bytes, self.rotate, self.policy = page_size, max_bytes, rotate, policy
         self._select, self.skip_layers, self.fp_prefix = select, tuple(skip_layers), fp_prefix
-        pool = PagePool(layout.page_bytes, max_bytes)
+        self.overflow = overflow_folder("PagedCache", overflow, max_bytes)
+        pool = PagePool(layout.page_bytes, max_bytes, Overflow.of("PagedCache", self.overflow, layout.page_bytes))
         shape = (num_layers, batch_size, num_kv_heads)
         self._slots = Slots.empty("PagedCache", pool, layout, shape, dtype)
 
@@ -134,11 +142,6 @@ class PagedCache(LayerReader):
         self._open("PagedCache.select").forget_index()
         self._select = select
 
-    @property
-    def has_uniform_pages(self) -> bool:
-        """Whether every page is stored alike: there are neither skip_layers nor an fp_prefix."""
-        return self._open("PagedCache.has_uniform_pages").layout.plain.parts == 1
-
     def seen(self, layer: int = 0) -> Tensor:
         """(batch,) int64: tokens appended to a layer in each row, evicted or not: the next one's place in the text."""
         return self._layer("PagedCache.seen", layer).seen[layer].clone()
@@ -161,9 +164,10 @@ class PagedCache(LayerReader):
         """What the cache holds, in bytes as torch has allocated them.
 
         Returns:
-            bytes: of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole in each
-                fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers)
+            bytes: in memory, of all tensors that this cache refers to: pool_bytes (shared by the family, counted whole
+                in each fork) + tail_bytes + table_bytes + score_bytes (what a policy remembers)
                 + index_bytes (what a selection knows of pages).
+            file_bytes: that the file of overflow takes of the disk, whatever part of it is in pool_bytes too.
             tokens: of all rows, each counted in its longest layer and head.
             pages: that this cache holds, of all layers and heads, page_bytes each. free_pages: of the pool, that no
                 cache holds.
@@ -193,6 +197,13 @@ class PagedCache(LayerReader):
         sessions.save(self, path, tokens, metadata)
 
     @classmethod
-    def load(cls, path: Path, *, metadata: Strings | None = None, max_bytes: int | None = None) -> PagedCache:
+    def load(
+        cls,
+        path: Path,
+        *,
+        metadata: Strings | None = None,
+        max_bytes: int | None = None,
+        overflow: Folder = None,
+    ) -> PagedCache:
         """The cache that `save` wrote, after every byte has been checked; see `lcore.cache.sessions.load`."""
-        return sessions.load(cls, path, metadata, max_bytes)
+        return sessions.load(cls, path, metadata, max_bytes, overflow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 from weakref import WeakSet
 
@@ -14,11 +15,13 @@ from numpy import int32
 from numpy.typing import NDArray
 
 from lcore._runtime import PageAllocator
+from lcore.cache.overflow import Overflow
 
 Ids = NDArray[int32]
 
 # A pool that is not reserved grows to half more than it was: few copies, and at most a third of it unused.
 _GROWTH = 1.5
+_NO_IDS: Ids = np.empty(0, dtype=np.int32)
 
 
 class Holder(Protocol):
@@ -35,11 +38,15 @@ class PagePool:
     held while pages are taken and written: no page is written into a tensor that has just been replaced. It is
     reentrant because the garbage collector may close another cache meanwhile. reclaim(pages), where set, gives back up
     to that many pages that no cache holds; it is called with the lock held.
+
+    overflow: the file that holds the pages, of which those used last are in memory, in what max_bytes leaves. Then data
+    is its memory: it grows without a copy, and whoever reads or writes pages does so inside `using`.
     """
 
-    def __init__(self, page_bytes: int, max_bytes: int | None) -> None:
+    def __init__(self, page_bytes: int, max_bytes: int | None, overflow: Overflow | None = None) -> None:
         self.lock = threading.RLock()
-        self.data = new_tensor("PagedCache", (0, page_bytes), torch.uint8)
+        self.overflow = overflow
+        self.data = self._tensor("PagedCache", 0, page_bytes)
         self.allocator = PageAllocator(0)
         self.max_bytes = max_bytes
         self.member_bytes = 0  # tables, tails and scores of the caches that share this pool
@@ -51,9 +58,15 @@ class PagePool:
         return self.data.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Of the pages, in memory."""
+        return self.data.untyped_storage().nbytes() if self.overflow is None else self.overflow.resident_bytes
+
+    @property
     def free_bytes(self) -> int | None:
-        """What is left of max_bytes; None without a limit."""
-        return None if self.max_bytes is None else self.max_bytes - self.member_bytes - self.data.nbytes
+        """What is left of max_bytes, with overflow beside no pages at all; None without a limit."""
+        pages = self.data.nbytes if self.overflow is None else 0
+        return None if self.max_bytes is None else self.max_bytes - self.member_bytes - pages
 
     def check_budget(self, function: str, more: int, purpose: str) -> None:
         """MemoryError when `more` bytes would exceed max_bytes."""
@@ -78,10 +91,11 @@ class PagePool:
         if not exact:
             count = max(count, int(self.data.shape[0] * _GROWTH))
             free = self.free_bytes
-            if free is not None:
+            if free is not None and self.overflow is None:
                 count = min(count, self.data.shape[0] + (free - reserved_bytes) // self.page_bytes)
-        data = new_tensor(function, (count, self.page_bytes), torch.uint8)
-        data[: self.data.shape[0]] = self.data
+        data = self._tensor(function, count, self.page_bytes)
+        if self.overflow is None:
+            data[: self.data.shape[0]] = self.data
         return data
 
     def adopt(self, data: torch.Tensor) -> None:
@@ -91,9 +105,15 @@ class PagePool:
     def trim(self, function: str, spare: int) -> None:
         """Gives all free pages but `spare` back: moves the last pages to the places of free ones, shrinks the tensor.
 
-        For a moment both tensors are held. MemoryError when the system has no room for the smaller one.
+        For a moment both tensors are held. MemoryError when the system has no room for the smaller one. With overflow
+        nothing moves: the file gets holes where pages are free.
         """
         with self.lock:
+            if self.overflow is not None:
+                free = self.allocator.allocate(self.allocator.free_count)
+                self.overflow.discard(free[spare:])
+                self.allocator.release(free)
+                return
             used = self.allocator.num_pages - self.allocator.free_count
             if used + spare >= self.data.shape[0]:
                 return
@@ -111,17 +131,46 @@ class PagePool:
     def make_free(self, pages: int, beside: int = 0) -> None:
         """Has pages reclaimed when fewer than this many are free and max_bytes, less `beside`, has no room for others.
 
-        Without max_bytes nothing is kept at the price of growing.
+        Without max_bytes, and with overflow, nothing is kept at the price of growing.
         """
         missing = pages - self.allocator.free_count
-        if self.free_bytes is not None:
+        if self.free_bytes is not None and self.overflow is None:
             missing -= max(0, self.free_bytes - beside) // self.page_bytes
         if missing > 0 and self.reclaim is not None:
             self.reclaim(missing)
 
     def missing_bytes(self, pages: int) -> int:
-        """Bytes that the pool must grow by to have this many pages free."""
-        return max(0, pages - self.allocator.free_count) * self.page_bytes
+        """Bytes of memory that the pool must grow by to have this many pages free."""
+        return 0 if self.overflow is not None else max(0, pages - self.allocator.free_count) * self.page_bytes
+
+    def back(self, function: str, pages: int) -> None:
+        """With overflow, disk space under the next `pages` pages to be taken; OSError when there is too little."""
+        if self.overflow is not None and pages > 0:
+            ids = self.allocator.allocate(pages)
+            try:
+                self.overflow.back(function, ids)
+            finally:
+                self.allocator.release(ids)
+
+    @property
+    def hot_bytes(self) -> int | None:
+        """How much of the pages may be in memory; None for all of them."""
+        return None if self.overflow is None or self.max_bytes is None else max(0, self.max_bytes - self.member_bytes)
+
+    def using(self, ids: Ids = _NO_IDS, ahead: Ids = _NO_IDS, *, writes: bool = False) -> AbstractContextManager[None]:
+        """Pages that are read or written inside; with overflow they are fetched, and others dropped beyond hot_bytes.
+
+        Inside, pages of this call stay, even where they alone are more than that. ahead: pages that are read next.
+        """
+        hot = self.hot_bytes
+        if self.overflow is None or hot is None:
+            return nullcontext()
+        return self.overflow.using(ids, ahead, hot, writes=writes)
+
+    def _tensor(self, function: str, pages: int, page_bytes: int) -> torch.Tensor:
+        if self.overflow is not None:
+            return self.overflow.tensor(function, pages)
+        return new_tensor(function, (pages, page_bytes), torch.uint8)
 
 
 def new_tensor(function: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

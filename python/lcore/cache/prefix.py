@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lcore._runtime import PageAllocator, PrefixIndex
 from lcore.cache.checks import check_int
+from lcore.cache.overflow import Folder, Overflow, overflow_folder
 from lcore.cache.paged import PagedCache
 from lcore.cache.pool import PagePool
 from lcore.cache.slots import Slots
@@ -22,7 +23,7 @@ from lcore.errors import check_tensor, require
 
 _INTEGERS = (torch.int64, torch.int32)
 # What two caches may differ in and still have the same pages; every other setting is part of the namespace.
-_FREE_SETTINGS = ("_slots", "_select", "batch_size", "max_bytes")
+_FREE_SETTINGS = ("_slots", "_select", "batch_size", "max_bytes", "overflow")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class PrefixCache:
         prefixes.insert(cache, 0, ids)
 
     Args:
-        max_bytes: limit on what the pool, tables and tails of all caches in it hold together; None for no limit.
+        max_bytes: limit on what the pool, tables and tails of all caches in it hold in memory together; None for no
+            limit.
+        overflow: as `PagedCache`, for the pool.
 
     Memory: pages in the index have one reference from it. When the pool lacks room it grows to max_bytes, then pages
         that no cache holds are given up, the longest unused first, and only then does a call fail. Without max_bytes
@@ -58,10 +61,11 @@ class PrefixCache:
     Raises: TypeError or ValueError for a bad max_bytes.
     """
 
-    def __init__(self, max_bytes: int | None = None) -> None:
+    def __init__(self, max_bytes: int | None = None, overflow: Folder = None) -> None:
         if max_bytes is not None:
             check_int("PrefixCache", "max_bytes", max_bytes, 0)
         self.max_bytes = max_bytes
+        self.overflow = overflow_folder("PrefixCache", overflow, max_bytes)
         self._lock = threading.Lock()  # for replacing the shelf; what stands on it is guarded by its pool's lock
         self._shelf: _Shelf | None = None
 
@@ -96,7 +100,7 @@ class PrefixCache:
             moved = Slots.empty(name, pool, slots.layout, slots.lengths.shape, cache.dtype, width)
             moved.hold(pages)
         cache.close()
-        cache._slots, cache.max_bytes = moved, self.max_bytes
+        cache._slots, cache.max_bytes, cache.overflow = moved, self.max_bytes, self.overflow
         return [len(held) * cache.page_size for held in pages]
 
     def insert(self, cache: PagedCache, row: int, tokens: Tensor, namespace: bytes = b"") -> int:
@@ -175,7 +179,7 @@ class PrefixCache:
             "runs": index.nodes,
             "pages": index.pages,
             "bytes": index.pages * pool.page_bytes,
-            "pool_bytes": pool.data.untyped_storage().nbytes(),
+            "pool_bytes": pool.nbytes,
             "hits": index.hits,
             "misses": index.misses,
             "evictions": index.evictions,
@@ -184,7 +188,8 @@ class PrefixCache:
     def _shelf_for(self, function: str, page_bytes: int) -> _Shelf:
         with self._lock:
             if self._shelf is None:
-                pool, index = PagePool(page_bytes, self.max_bytes), PrefixIndex()
+                file = Overflow.of(function, self.overflow, page_bytes)
+                pool, index = PagePool(page_bytes, self.max_bytes, file), PrefixIndex()
                 # Not a method of this object: a cycle would keep the pool until the garbage collector finds it.
                 pool.reclaim = partial(_reclaim, index, pool.allocator)
                 pool.holders.add(index)

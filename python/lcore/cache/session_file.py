@@ -18,6 +18,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any, cast
 
 import numpy as np
@@ -43,6 +44,7 @@ _NAMES = {
     torch.float32: "F32",
 }
 Bytes = NDArray[np.uint8]
+Using = Callable[[NDArray[np.int32]], AbstractContextManager[Any]]
 
 
 def write_session(
@@ -52,8 +54,11 @@ def write_session(
     pool: Bytes,
     ids: NDArray[np.int32],
     tensors: dict[str, Tensor],
+    using: Using = nullcontext,
 ) -> None:
     """Writes the rows `ids` of pool (pages, page_bytes), and the tensors; the caller holds the lock of path.
+
+    using: as `PagePool.using`, for some of these rows at a time.
 
     Written beside its place, synced to the disk and renamed: whatever happens, path is the old file or the new one.
 
@@ -62,7 +67,8 @@ def write_session(
     page_crcs = np.zeros(len(ids), dtype=np.int64)
 
     def check_pages(first: int, last: int) -> None:
-        page_crcs[first:last] = [zlib.crc32(pool[i]) for i in ids[first:last]]
+        with using(ids[first:last]):
+            page_crcs[first:last] = [zlib.crc32(pool[i]) for i in ids[first:last]]
 
     _in_threads(check_pages, len(ids), pool.shape[1])
     tensors = tensors | {"page_crc32": torch.from_numpy(page_crcs)}
@@ -74,7 +80,8 @@ def write_session(
     def write(file: IO[bytes]) -> None:
         file.write(start)
         for first, last in _chunks(len(ids), pool.shape[1]):
-            file.write(pool[ids[first:last]].data)
+            with using(ids[first:last]):
+                file.write(pool[ids[first:last]].data)
         for tensor in order.values():
             file.write(_bytes(tensor).data)
 
@@ -106,11 +113,18 @@ class SessionFile:
             self.close()
             raise
 
-    def read_pages(self, pool: Bytes, ids: NDArray[np.int32]) -> None:
-        """All pages into the rows `ids`, which rise, of pool (rows, page_bytes); each page is checked."""
+    def read_pages(self, pool: Bytes, ids: NDArray[np.int32], using: Using = nullcontext) -> None:
+        """All pages into the rows `ids`, which rise, of pool (rows, page_bytes); each page is checked.
+
+        using: as `PagePool.using`, for some of these rows at a time.
+        """
 
         def read(first: int, last: int) -> None:
             rows = ids[first:last]
+            with using(rows):
+                read_into(rows, first, last)
+
+        def read_into(rows: NDArray[np.int32], first: int, last: int) -> None:
             in_place = rows[-1] - rows[0] == last - 1 - first
             out = pool[rows[0] : rows[-1] + 1] if in_place else np.empty((last - first, pool.shape[1]), dtype=np.uint8)
             self._read(out.reshape(-1), self._begin + first * pool.shape[1])

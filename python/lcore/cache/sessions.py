@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcore.cache.overflow import Folder
 from lcore.cache.session_file import write_session
 from lcore.cache.session_lock import SessionLock
 from lcore.cache.stored_session import TOKENS, StoredSession, settings, slot_tensors, used_entries
@@ -74,19 +75,21 @@ def save(
         table = np.zeros((*used.shape[:-1], int(slots.entries().max(initial=0))), dtype=np.int32)
         table[used[..., : table.shape[-1]]] = dense
         tensors["table"] = torch.from_numpy(table)
-        write_session(name, held.path, strings, pool, ids, tensors)
+        write_session(name, held.path, strings, pool, ids, tensors, slots.pool.using)
     finally:
         if lock is None:
             held.release()
 
 
-def load(cls: type[PagedCache], path: Path, metadata: Strings | None, max_bytes: int | None) -> PagedCache:
+def load(
+    cls: type[PagedCache], path: Path, metadata: Strings | None, max_bytes: int | None, overflow: Folder = None
+) -> PagedCache:
     """The cache that `save` wrote: the same pages, bit for bit, in a pool of their size. This is `PagedCache.load`.
 
     Args:
         path: the file.
         metadata: strings that must be those in the file, as far as they are given.
-        max_bytes: as for a new cache.
+        max_bytes, overflow: as for a new cache.
 
     Raises: ValueError: the file is of another kind or version, cut short or damaged (a checksum covers every byte; of
         pages the number is told), or an entry of metadata differs. MemoryError: max_bytes or the system has no room.
@@ -94,7 +97,7 @@ def load(cls: type[PagedCache], path: Path, metadata: Strings | None, max_bytes:
     """
     with StoredSession(path) as stored:
         stored.require_same(stored.metadata, metadata or {}, "metadata.")
-        return stored.load(max_bytes=max_bytes, cls=cls)
+        return stored.load(max_bytes=max_bytes, overflow=overflow, cls=cls)
 
 
 def _copies(slots: Slots) -> dict[str, Tensor]:

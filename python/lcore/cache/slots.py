@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -16,11 +17,9 @@ from lcore.cache.key_scores import KeyScores
 from lcore.cache.layer import Layer, between
 from lcore.cache.page_index import PageIndex
 from lcore.cache.pool import Ids, PagePool, new_tensor
+from lcore.cache.room import make_room
 from lcore.cache.undo import Undo
 from lcore.errors import message
-
-# A table that is not reserved grows to half more than it was.
-_GROWTH = 1.5
 
 
 class Slots:
@@ -61,6 +60,8 @@ class Slots:
         # (batch,) 1 where nothing was ever taken out of the row; not bool, of which a file keeps one bit of eight.
         self.intact = np.ones(lengths.shape[1], dtype=np.uint8)
         pool.member_bytes += self.nbytes
+        with pool.using():  # what is left for pages is less now
+            pass
         pool.holders.add(self)
 
     @staticmethod
@@ -102,10 +103,11 @@ class Slots:
 
     def stats(self) -> dict[str, int | float]:
         """As `PagedCache.stats`."""
-        pool_bytes = self.pool.data.untyped_storage().nbytes()
+        pool_bytes, overflow = self.pool.nbytes, self.pool.overflow
         return {
             "bytes": pool_bytes + self.nbytes,
             "pool_bytes": pool_bytes,
+            "file_bytes": 0 if overflow is None else overflow.file_bytes,
             "tail_bytes": self.tail_bytes,
             "table_bytes": self.table_bytes,
             "score_bytes": self.scores.nbytes,
@@ -149,7 +151,8 @@ class Slots:
                 filling = (after > before) & (lengths % self.layout.page_size > 0)
                 self.undo.save(layer, filling, lengths, self.tail_k[layer], self.tail_v[layer])
             try:
-                append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
+                with nullcontext() if ids is None else self.pool.using(ids, writes=True):
+                    append_(self.pool.data, self.layers[layer], k, v, self.layout, counts)
             finally:
                 # The kernel has moved the lengths if it ran, even if Ctrl-C came after it.
                 if np.array_equal(lengths, total):
@@ -163,17 +166,11 @@ class Slots:
         if count == 0:
             return None
         first, last = int(before.min()), int(after.max())
-        self.make_room(function, last, count)
+        make_room(function, self, last, count)
         ids = self.pool.allocator.allocate(count)
         columns = self.layers[layer].host_table[..., first:last]
         columns[between(before - first, after - first, last - first)] = ids
         return ids
-
-    def reserve(self, function: str, tokens: NDArray[np.int64]) -> None:
-        """Room for every slot of row b to hold tokens[b] tokens, and no more than that."""
-        entries = self.entries_for(tokens)
-        missing = (entries - self.entries()).clip(min=0).sum()
-        self.make_room(function, int(entries.max()), int(missing), exact=True)
 
     def hold(self, pages: Sequence[Ids]) -> None:
         """Begins row b, still empty, with the full pages `pages[b]` (n, layers * kv_heads): one reference more each."""
@@ -188,85 +185,19 @@ class Slots:
         """The first `count` pages of a row, as `hold` takes them."""
         return np.ascontiguousarray(self.table.numpy()[:, row, :, :count].transpose(2, 0, 1)).reshape(count, -1)
 
-    def make_room(self, function: str, width: int, pages: int, *, exact: bool = False) -> None:
-        """Room for `width` pages in every slot's table and for `pages` more pages in the pool: all or MemoryError."""
-        pool = self.pool
-        with pool.lock:
-            widening = max(0, width - self.table.shape[-1]) * self.lengths.nbytes
-            pool.make_free(pages, beside=widening)
-            missing = pool.missing_bytes(pages)
-            if widening + missing == 0:
-                return
-            pool.check_budget(function, widening + missing, f"for {pages} pages of {self.layout.page_size} tokens")
-            free = pool.free_bytes
-            table = self._wider(function, width, None if free is None else free - missing, exact)
-            added = 0 if table is None else table.nbytes - self.table.nbytes
-            data = pool.grown(function, pages, exact=exact, reserved_bytes=added)
-            if table is not None:
-                self.table = table
-                self.layers = self._views()
-                pool.member_bytes += added
-            if data is not None:
-                pool.adopt(data)
-
-    def _wider(self, function: str, width: int, free: int | None, exact: bool) -> torch.Tensor | None:
-        """A copy of the table with this width, or with half more than now where `free` bytes allow; None if it fits."""
-        now = self.table.shape[-1]
-        if width <= now:
-            return None
-        generous = max(width, int(now * _GROWTH))
-        if not exact and (free is None or (generous - now) * self.lengths.nbytes <= free):
-            width = generous
-        table = new_tensor(function, (*self.lengths.shape, width), torch.int32)
-        table[..., :now] = self.table
-        return table
-
     def fork(self, function: str) -> Slots:
         """A copy that shares the full pages: one reference more for each."""
         with self.pool.lock:
             self.pool.check_budget(function, self.nbytes, "for the fork's tables and tails")
             own = (self.table, self.lengths, self.tail_k, self.tail_v, self.seen, self.thinned)
             copies = [new_tensor(function, tuple(x.shape), x.dtype).copy_(x) for x in own]
-            self.pool.allocator.retain(self._ids(0, self.entries()))
+            self.pool.allocator.retain(self.ids(0, self.entries()))
             undo = None if self.undo is None else self.undo.copy(function)
             fork = Slots(self.pool, self.layout, *copies, scores=self.scores.copy(), undo=undo)
             fork.intact[:] = self.intact
             fork.index = self.index.copy()
             self.pool.member_bytes += fork.index.nbytes
             return fork
-
-    def crop(self, function: str, limits: NDArray[np.int64]) -> None:
-        """Takes the tokens behind the first limits[b] seen from every slot of row b, none of which has been evicted.
-
-        Tokens kept from a page that is cut go to the tail.
-        """
-        page_size = self.layout.page_size
-        lengths, seen, thinned = self.lengths.numpy(), self.seen.numpy(), self.thinned.numpy()
-        taken = (seen - limits).clip(min=0)[..., None]
-        emptied = np.broadcast_to((limits == 0)[:, None], thinned.shape)
-        least = np.where((taken > 0) & ~emptied, thinned, 0).max((0, 2))
-        if (limits < least).any():
-            rule = f"be 0 or >= {least.tolist()}, where a policy last dropped a token of each row"
-            raise ValueError(message(function, "n", rule, limits.tolist()))
-        after = np.where(emptied, 0, lengths - taken).astype(np.int32)
-        held, kept = lengths // page_size, after // page_size
-        with self.pool.lock:
-            cut = (kept < held) & (after % page_size > 0)
-            if self.undo is not None:
-                self.undo.check(cut, after, page_size)
-                self.undo.restore(cut, self.tail_k, self.tail_v)
-            elif cut.any():
-                ids = torch.from_numpy(self.table.numpy()[cut, kept[cut]])
-                where = torch.from_numpy(cut)
-                self.tail_k[where], self.tail_v[where] = self.layout.decode(self.pool.data[ids], self.tail_k.dtype)
-            columns = self.layout.plain.columns
-            released = self._ids(columns(kept), columns(held))
-            self.intact &= (after == lengths).all(axis=(0, 2))
-            new = (after, np.minimum(seen, limits), np.where(emptied, 0, thinned))
-            assign([self.lengths, self.seen, self.thinned], [torch.from_numpy(x) for x in new])
-            self.pool.allocator.release(released)
-            self.scores.crop(after)
-            self.index.crop(after, page_size)
 
     def forget_index(self) -> None:
         """Drops what a selection knows of pages."""
@@ -278,7 +209,7 @@ class Slots:
         """Gives every page and the budget back."""
         with self.pool.lock:
             self.pool.holders.discard(self)
-            self.pool.allocator.release(self._ids(0, self.entries()))
+            self.pool.allocator.release(self.ids(0, self.entries()))
             self.pool.member_bytes -= self.nbytes
 
     def renumber(self, ids: Ids) -> None:
@@ -288,6 +219,10 @@ class Slots:
         table = new_tensor("PagedCache.trim", (*full.shape, width), torch.int32).copy_(self.table[..., :width])
         used, host = between(0, full, width), table.numpy()
         host[used] = ids[host[used]]
+        self.replace_table(table)
+
+    def replace_table(self, table: torch.Tensor) -> None:
+        """Another one with the same entries in use."""
         self.pool.member_bytes += table.nbytes - self.table.nbytes
         self.table = table
         self.layers = self._views()
@@ -297,7 +232,16 @@ class Slots:
         with self.pool.lock:
             return self.pool.data, self.layers[layer]
 
-    def _ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
+    def using(self, layer: int, first: int = 0, last: int | None = None) -> AbstractContextManager[None]:
+        """`PagePool.using` for reading the pages first .. last - 1 of a layer's slots, up to the last by default."""
+        if self.pool.overflow is None:
+            return nullcontext()
+        table, full = self.layers[layer].host_table, self.layers[layer].host_lengths // self.layout.page_size
+        last_pages = full if last is None else full.clip(max=last)
+        begin, end = (self.layout.plain.columns(pages, layer) for pages in (first, last_pages))
+        return self.pool.using(table[between(begin, end, table.shape[-1])])
+
+    def ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
         """Ids in the entries first .. last - 1 of every slot."""
         table = self.table.numpy()
         return table[between(first, last, table.shape[-1])]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from lcore.cache import room
 from lcore.cache.checks import MAX_TOKENS, check_int, row_limits
+from lcore.cache.cropping import crop
 from lcore.cache.eviction import check_keep, check_pages, evict
 from lcore.cache.handle import Handle
 
@@ -23,7 +25,7 @@ class Space(Handle):
         Forks draw on the same room. Raises MemoryError when it does not fit into max_bytes.
         """
         slots, function = self._open("PagedCache.reserve"), "PagedCache.reserve"
-        slots.reserve(function, row_limits(function, "tokens", tokens, self.batch_size, MAX_TOKENS))
+        room.reserve(function, slots, row_limits(function, "tokens", tokens, self.batch_size, MAX_TOKENS))
 
     def pages_for(self, tokens: Sequence[int]) -> int:
         """Pages that all layers and heads hold once row b holds tokens[b] tokens."""
@@ -48,7 +50,7 @@ class Space(Handle):
                 after n tokens is not known any more; n = 0, an empty cache, always is. Nothing has changed.
         """
         slots = self._open("PagedCache.crop")
-        slots.crop("PagedCache.crop", row_limits("PagedCache.crop", "n", n, self.batch_size))
+        crop("PagedCache.crop", slots, row_limits("PagedCache.crop", "n", n, self.batch_size))
 
     def evict(self, layer: int, keep: Tensor) -> None:
         """Drops tokens from the middle of a layer: the others move together and keep their bits.

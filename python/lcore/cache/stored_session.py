@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcore.cache.key_rope import rope_from_json
+from lcore.cache.overflow import Folder
+from lcore.cache.room import make_room
 from lcore.cache.session_file import SessionFile
 from lcore.cache.session_lock import SessionLock
 from lcore.errors import dtype_name, message, require
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from lcore.cache.paged import PagedCache
     from lcore.cache.slots import Slots
 
-# Arguments of PagedCache that a file brings back; each is an attribute of the same name. max_bytes is the reader's.
+# Arguments of PagedCache that a file brings back; each is an attribute of the same name. Limits are the reader's.
 OPTIONS = ("num_layers", "num_kv_heads", "head_dim", "head_dim_v", "batch_size", "dtype", "kv_format", "page_size",
            "rotate", "skip_layers", "fp_prefix", "rope")  # fmt: skip
 TOKENS = "tokens."  # and the row: the tensor's name
@@ -69,7 +72,9 @@ class StoredSession:
                 rule = f"be {found.get(name)!r} as in the session file {self.path}"
                 raise ValueError(message(self.function, f"{what}{name}", rule, repr(value)))
 
-    def load(self, *, max_bytes: int | None = None, cls: type[PagedCache] | None = None) -> PagedCache:
+    def load(
+        self, *, max_bytes: int | None = None, overflow: Folder = None, cls: type[PagedCache] | None = None
+    ) -> PagedCache:
         """A new cache with all that the file holds."""
         from lcore.cache.paged import PagedCache  # which imports this module
 
@@ -79,7 +84,7 @@ class StoredSession:
             options["dtype"] = getattr(torch, options["dtype"])
             if isinstance(options["kv_format"], list):
                 options["kv_format"] = tuple(options["kv_format"])
-            cache = (cls or PagedCache)(**options, max_bytes=max_bytes)
+            cache = (cls or PagedCache)(**options, max_bytes=max_bytes, overflow=overflow)
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
             raise self._file.refusal("have the settings of a cache of this version", error) from error
         self.fill(cache)
@@ -92,10 +97,10 @@ class StoredSession:
         used = self.check(cache)
         count, named = self._file.page_shape[0], self._tensors["table"].numpy()[used]
         with pool.lock:
-            slots.make_room(self.function, used.shape[-1], count, exact=True)
+            make_room(self.function, slots, used.shape[-1], count, exact=True)
             ids = pool.allocator.allocate(count)
             try:
-                self._file.read_pages(pool.data.numpy(), ids)
+                self._file.read_pages(pool.data.numpy(), ids, partial(pool.using, writes=True))
             except BaseException:
                 pool.allocator.release(ids)
                 raise

@@ -10,21 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from lcore.cache import PagedCache, PrefixCache
+from lcore.cache.overflow import Folder
 from lcore.cache.policies import Policy
 from lcore.cache.selection import Selection
-from lcore.cache.selection.base import check_selection
 from lcore.errors import require, require_type
+from lcore.generation.caches import Caches
 from lcore.generation.events import Done, Event, Reason, Stats, Token
 from lcore.generation.loop import Loop, Row
-from lcore.generation.memory import free_bytes, reserve, workspace_bytes
-from lcore.generation.planner import context_room, model_planner
 from lcore.generation.progress import show_prefill
 from lcore.generation.prompts import Prompt, encode_prompts, is_batch
 from lcore.generation.resume import Session
-from lcore.generation.reuse import Reuse
 from lcore.generation.sampling import Sampling, check_int
 from lcore.generation.speculation import Speculate, Speculation, speculation_of
 from lcore.generation.text import CONTEXT, TextStream
@@ -63,6 +59,8 @@ class Generator:
                     bit. Pages are kept in memory that the caches before took, the last used ones: `prefixes` tells.
                     Not with a policy, which takes pages away, nor with a selection that
                     chooses or observes while a prompt is read, nor with a session file.
+    max_bytes, overflow: of its caches, as `lcore.PagedCache`, so that a context larger than memory has its pages in a
+                    file. With overflow alone max_bytes is what is free beside the weights and a step's workspace.
     speculate:      drafts several tokens for one step of the model: "ngram" from the text itself, "self" from the model
                     over the last tokens of its cache, or their settings, `lcore.generation.Ngram(...)` and
                     `SelfSpeculation(...)`. Texts are what they are without, greedy and sampled; None drafts nothing.
@@ -86,30 +84,38 @@ class Generator:
         select: Selection | None = None,
         skip_layers: Sequence[int] = (),
         fp_prefix: int = 0,
+        max_bytes: int | None = None,
+        overflow: Folder = None,
     ) -> None:
-        is_policy = policy is None or isinstance(policy, Policy)
-        require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
         check_int("prefill_chunk", prefill_chunk, at_least=1)
-        known = isinstance(prefix_reuse, (bool, PrefixCache))
-        require_type(known, "Generator", "prefix_reuse", "be a bool or a PrefixCache", repr(prefix_reuse))
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
-        check_selection("Generator", select, policy)
-        self.kv_format, self.policy, self.select = kv_format, policy, select
-        plain = {"skip_layers": tuple(skip_layers), "fp_prefix": fp_prefix}
-        self._plain: dict[str, Any] = {name: value for name, value in plain.items() if value}
-        self.context = context
-        self.prefixes = (PrefixCache() if prefix_reuse else None) if isinstance(prefix_reuse, bool) else prefix_reuse
         self.speculate = speculation_of(speculate)
         rule = "be None with a policy, which may drop what a refused draft must give back"
         require(self.speculate is None or policy is None, "Generator", "speculate", rule, repr(speculate))
         rule = "be None with a selection, which reads other pages for several tokens than for one"
         require(self.speculate is None or select is None, "Generator", "speculate", rule, repr(speculate))
+        self._caches = Caches(
+            model,
+            kv_format,
+            prefill_chunk,
+            policy=policy,
+            select=select,
+            context=context,
+            prefix_reuse=prefix_reuse,
+            skip_layers=skip_layers,
+            fp_prefix=fp_prefix,
+            max_bytes=max_bytes,
+            overflow=overflow,
+            logits=1 if self.speculate is None else 1 + self.speculate.most,
+        )
         self._warned = False
-        if context is not None and context != "auto":
-            check_int("context", context, at_least=1)
-            model_planner(model, 1, prefill_chunk, **self._plain).require_fits(context, kv_format)
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """What is known of earlier prompts; None without prefix_reuse."""
+        return self._caches.prefixes
 
     def stream(
         self,
@@ -170,17 +176,17 @@ class Generator:
         with ExitStack() as undo:  # a session file that is in our hands when something is refused is let go
             saved: Session | None = None
             if session is not None:
-                cache = self._empty_cache(len(prompts))
+                cache = self._caches.alone(len(prompts))
                 saved = Session(session, self.model, cache, prompts)
                 undo.callback(saved.close)
                 known = saved.kept
             if cache is None:
-                cache, reuse = self._new_cache_with_room(prompts, max_new_tokens)
+                cache, reuse = self._caches.for_prompts(prompts, max_new_tokens)
                 known = known if reuse is None else reuse.tokens
             else:
                 held_at_once = [0] * len(prompts) if saved is None else saved.held
                 room = zip(prompts, held_at_once, strict=True)
-                self._make_room(cache, [max(len(p) + max_new_tokens, n) for p, n in room])
+                self._caches.make_room(cache, [max(len(p) + max_new_tokens, n) for p, n in room])
             length = max(n + len(p) for n, p in zip(held, prompts, strict=True)) + max_new_tokens
             if cache.policy is not None and cache.policy.reindex:
                 length = cache.policy.held_after(length, self.prefill_chunk, cache.page_size)
@@ -232,45 +238,6 @@ class Generator:
             for row in sorted(ends)
         ]
         return rows if is_batch(prompt) else rows[0]
-
-    def _new_cache_with_room(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
-        """A cache that begins with known pages, with room for the prompts and what follows them."""
-        try:
-            return self._new_cache(prompts, max_new_tokens)
-        except MemoryError:
-            # The pool may be too large to grow, beside what else is in it: a new one has as much room as without reuse.
-            if self.prefixes is None or not self.prefixes.renew():
-                raise
-        return self._new_cache(prompts, max_new_tokens)
-
-    def _empty_cache(self, rows: int, **options: Any) -> PagedCache:
-        select = {} if self.select is None else {"select": self.select}
-        return self.model.new_cache(rows, kv_format=self.kv_format, **options, **select, **self._plain)
-
-    def _new_cache(self, prompts: list[torch.Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
-        cache = self._empty_cache(len(prompts), policy=self.policy)
-        reuse, known = None, [0] * len(prompts)
-        as_read = self.select is None or not (self.select.prefill or self.select.observes)
-        shared = as_read and self.policy is None and isinstance(cache, PagedCache) and cache.has_uniform_pages
-        if self.prefixes is not None and shared:
-            reuse = Reuse(self.prefixes, self.model, cache, prompts, self.prefill_chunk)
-            known = reuse.tokens
-        self._make_room(cache, [len(p) - n + max_new_tokens for p, n in zip(prompts, known, strict=True)])
-        return cache, reuse
-
-    def _make_room(self, cache: PagedCache, new_tokens: list[int]) -> None:
-        """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
-        config, model, rows = self.model.config, self.model, len(new_tokens)
-        if self.context is not None and not cache.seen().any():
-            planner = model_planner(model, rows, self.prefill_chunk, **self._plain)
-            new_tokens = [context_room(planner, self.context, cache.kv_format, max(new_tokens))] * rows
-        chunk = min(self.prefill_chunk, max(new_tokens))
-        logits = 1 if self.speculate is None else 1 + self.speculate.most
-        workspace = workspace_bytes(config, chunk, rows, model.dtype.itemsize, logits)
-        make_free = None
-        if self.prefixes is not None and isinstance(cache, PagedCache):
-            make_free = partial(self.prefixes.make_free, cache)
-        reserve(cache, new_tokens, workspace, free_bytes(model.device), chunk, make_free)
 
     def _speculation(self, cache: PagedCache, sampling: Sampling) -> Speculation | None:
         if self.speculate is None:

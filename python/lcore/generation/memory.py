@@ -131,6 +131,8 @@ def _growth(cache: PagedCache, pages: int, page_bytes: int) -> tuple[int, int, i
     """Bytes to allocate for so many more pages, then the pool's bytes and free pages."""
     stats = cache.stats()
     pool_bytes, free_pages = int(stats["pool_bytes"]), int(stats["free_pages"])
+    if cache.overflow is not None:
+        return 0, pool_bytes, free_pages
     # A pool that must grow is copied into a larger one: for a moment both are there.
     needed = pool_bytes + (pages - free_pages) * page_bytes if pages > free_pages else 0
     return needed, pool_bytes, free_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,10 @@ _LEFT_ALONE = 1 / 32
 
 @dataclass(frozen=True)
 class FormatPlan:
-    """Bytes with one format of the cache. longest: tokens a row that fit; left: free bytes then, below 0 missing."""
+    """Bytes with one format of the cache. longest: tokens a row that fit; left: free bytes then, below 0 missing.
+
+    Where pages are in a file they are not in `needed`, and left is that of memory or of the disk, whichever is less.
+    """
 
     kv_format: str
     pages: int
@@ -51,7 +55,8 @@ class Plan:
     """Bytes that a context of `context` tokens in each of `batch` rows needs beside what is `free`.
 
     weights: that are not in memory yet. workspace: of one step that reads `chunk` tokens. In every format the pages,
-    tails and tables are what `PagedCache.stats` counts after `reserve(context)`.
+    tails and tables are what `PagedCache.stats` counts after `reserve(context)`. disk: what is free for pages in a
+    file; None where they are in memory.
     """
 
     context: int
@@ -61,13 +66,15 @@ class Plan:
     weights: int
     workspace: int
     free: int
+    disk: int | None
     formats: list[FormatPlan]
 
 
 class Planner:
     """Plans for one model: its config, its dtype, the weight bytes that still have to come into memory, what is free.
 
-    new_cache makes an empty cache of a format; its own sizes are what is planned with.
+    new_cache makes an empty cache of a format; its own sizes are what is planned with. overflow: the folder of the file
+    that pages are in, as for `PagedCache`.
     """
 
     def __init__(
@@ -80,12 +87,14 @@ class Planner:
         batch: int = 1,
         prefill_chunk: int = 2048,
         free: int | None = None,
+        overflow: str | None = None,
     ) -> None:
         require(batch >= 1, "plan", "batch", "be 1 or more", batch)
         require(prefill_chunk >= 1, "plan", "prefill_chunk", "be 1 or more", prefill_chunk)
         self.config, self._dtype, self._weights, self._new_cache = config, dtype, weights, new_cache
         self._batch, self._chunk = batch, prefill_chunk
         self.free = int(free_bytes(torch.device("cpu")) * (1 - _LEFT_ALONE)) if free is None else free
+        self.disk = None if overflow is None else shutil.disk_usage(overflow).free
 
     def plan(self, context: int, formats: Sequence[KvFormat] = tuple(FORMATS)) -> Plan:
         """The plan for `context` tokens a row, with a FormatPlan for each of `formats`."""
@@ -94,18 +103,21 @@ class Planner:
         for kv_format in formats:
             cache = self._new_cache(kv_format)
             pages, rest = cache_bytes(cache, context)
-            needed = self._weights + self._workspace(context) + pages + rest
-            rows.append(
-                FormatPlan(_name(cache.kv_format), pages, rest, needed, self.free - needed, self._longest(cache))
-            )
+            needed, left = self._needed_and_left(cache, context)
+            rows.append(FormatPlan(_name(cache.kv_format), pages, rest, needed, left, self._longest(cache)))
         chunk = min(self._chunk, context)
         workspace = self._workspace(context)
         dtype = dtype_name(self._dtype)
-        return Plan(context, self._batch, chunk, dtype, self._weights, workspace, self.free, rows)
+        return Plan(context, self._batch, chunk, dtype, self._weights, workspace, self.free, self.disk, rows)
 
     def longest(self, kv_format: KvFormat) -> int:
         """Tokens a row that fit; 0 when not even one does."""
         return self._longest(self._new_cache(kv_format))
+
+    @property
+    def cache_room(self) -> int:
+        """Bytes of memory that are free for a cache, beside the weights and the workspace."""
+        return max(0, self.free - self._weights - self._workspace(self._chunk))
 
     def require_fits(self, context: int, kv_format: KvFormat) -> None:
         """MemoryError with the bytes needed and free, and the formats and the context that would fit."""
@@ -114,18 +126,26 @@ class Planner:
             return
         fitting = ", ".join(repr(plan.kv_format) for plan in others if plan.fits)
         instead = f"with kv_format {fitting} it would fit" if fitting else "no kv_format would fit"
+        disk = "" if self.disk is None else f" and {chosen.pages:,} of the disk, which has {self.disk:,} free"
         raise MemoryError(
             f"lcore.Generator: context={context:,} must fit into memory: {chosen.needed:,} bytes are needed with "
-            f"kv_format {chosen.kv_format!r}, {self.free:,} are free; {instead}, and {chosen.longest:,} tokens with "
-            "this one"
+            f"kv_format {chosen.kv_format!r}, {self.free:,} are free{disk}; {instead}, and {chosen.longest:,} "
+            "tokens with this one"
         )
 
     def _longest(self, cache: PagedCache) -> int:
         def missing(tokens: int) -> bool:
-            return self._weights + self._workspace(tokens) + sum(cache_bytes(cache, tokens)) > self.free
+            return self._needed_and_left(cache, tokens)[1] < 0
 
         # The first context that does not fit, searched among 1, 2, ...
         return bisect.bisect_left(range(1, MAX_TOKENS), True, key=missing)
+
+    def _needed_and_left(self, cache: PagedCache, context: int) -> tuple[int, int]:
+        pages, rest = cache_bytes(cache, context)
+        needed = self._weights + self._workspace(context) + rest
+        if self.disk is None:
+            return needed + pages, self.free - needed - pages
+        return needed, min(self.free - needed, self.disk - pages)
 
     def _workspace(self, context: int) -> int:
         chunk = min(self._chunk, context)
@@ -140,7 +160,9 @@ def cache_bytes(cache: PagedCache, tokens: int) -> tuple[int, int]:
     return pages * int(stats["page_bytes"]), rest
 
 
-def model_planner(model: Decoder, batch: int, prefill_chunk: int, free: int | None = None, **plain: Any) -> Planner:
+def model_planner(
+    model: Decoder, batch: int, prefill_chunk: int, free: int | None = None, overflow: str | None = None, **plain: Any
+) -> Planner:
     """For a model that is loaded: weights that are mapped from files have still to come into memory.
 
     plain: skip_layers and fp_prefix, for formats that are coded.
@@ -154,10 +176,13 @@ def model_planner(model: Decoder, batch: int, prefill_chunk: int, free: int | No
         batch=batch,
         prefill_chunk=prefill_chunk,
         free=free,
+        overflow=overflow,
     )
 
 
-def folder_planner(folder: Path, dtype: torch.dtype | None, batch: int, prefill_chunk: int) -> Planner:
+def folder_planner(
+    folder: Path, dtype: torch.dtype | None, batch: int, prefill_chunk: int, overflow: str | None = None
+) -> Planner:
     """For a checkpoint folder, of which only the headers are read."""
     model, checkpoint = open_checkpoint(folder)
     config, stored = model.config, checkpoint.dtypes["model.embed_tokens.weight"] if dtype is None else dtype
@@ -167,7 +192,8 @@ def folder_planner(folder: Path, dtype: torch.dtype | None, batch: int, prefill_
         sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
         return PagedCache(*sizes, batch_size=batch, dtype=stored, kv_format=kv_format or "bf16")
 
-    return Planner(config, stored, weights, new_cache, batch=batch, prefill_chunk=prefill_chunk)
+    sizes = {"batch": batch, "prefill_chunk": prefill_chunk}
+    return Planner(config, stored, weights, new_cache, **sizes, overflow=overflow)
 
 
 def mapped_bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -200,6 +226,7 @@ def plan_table(plan: Plan) -> Group:
         f"{plan.context:,} tokens{rows}, {_size(plan.free)} free\n"
         f"weights {_size(plan.weights)} ({plan.dtype}), workspace {_size(plan.workspace)} "
         f"({plan.chunk:,} tokens at a time)"
+        + ("" if plan.disk is None else f", pages on disk, {_size(plan.disk)} free")
     )
     table = Table(box=SIMPLE)
     table.add_column("kv_format", no_wrap=True)

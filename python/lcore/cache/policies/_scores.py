@@ -27,7 +27,8 @@ def key_chunks(slots: Slots, layer: int) -> Iterator[tuple[int, Tensor, Tensor]]
     for first in range(0, -(-width // size), step):
         count = min(step, -(-width // size) - first)
         pages = first + torch.arange(count)
-        k, v = page_values(pool, view, slots.layout, first, count, torch.float32)
+        with slots.using(layer, first, first + count):
+            k, v = page_values(pool, view, slots.layout, first, count, torch.float32)
         held = (pages[:, None] * size + torch.arange(size)) < lengths[..., None, None]
         is_tail = (pages == full[..., None])[..., None, None]
         sides = []
@@ -61,4 +62,5 @@ def key_mass_of(
     """
     pages, view = slots.snapshot(layer)
     scores = ((-1, -1), softmax_scale, softcap, None)
-    return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum", rope)
+    with slots.using(layer):
+        return kernels.key_mass(pages, view, q, slots.layout, counts, *scores, lse.contiguous(), "sum", rope)

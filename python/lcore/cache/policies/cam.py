@@ -94,7 +94,8 @@ def add_values(slots: Slots, layer: int, added: Tensor) -> None:
     pages = slots.pool.data[:, layout.v_begin : end].view(layout.v.dtype).unflatten(-1, (size, layout.head_dim_v))
     row, head, index = (changed & (token < paged)).nonzero(as_tuple=True)
     where = (view.table[row, head, index // size].long(), index % size)
-    pages[where] = (pages[where].float() + added[row, head, index]).to(layout.v.dtype)
+    with slots.pool.using(view.host_table[row, head, index // size], writes=True):
+        pages[where] = (pages[where].float() + added[row, head, index]).to(layout.v.dtype)
     row, head, index = (changed & (token >= paged)).nonzero(as_tuple=True)
     tail = (row, head, index % size)
     view.tail_v[tail] = (view.tail_v[tail].float() + added[row, head, index]).to(view.tail_v.dtype)

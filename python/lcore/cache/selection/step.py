@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lcore.cache import kernels
+from lcore.cache import parts
 from lcore.cache.formats import PageLayout
 from lcore.cache.layer import Layer
 from lcore.cache.selection.base import Selection
@@ -23,20 +23,22 @@ Counts = NDArray[np.int32]  # (batch, kv_heads)
 
 
 class Call(NamedTuple):
-    """One `attend`: its queries and what `kernels.attend` takes beside the layer."""
+    """One `attend`: its queries over the layer's view, and the kernel that answers them."""
 
     function: str
     slots: Slots
-    layer: int
-    q: Tensor  # (batch, new, heads, head_dim)
-    lengths: Tensor | None  # (batch,) real rows of q
+    queries: parts.Queries
     softmax_scale: float
     softcap: float
-    sinks: Tensor | None
+    kernel: parts.Attend
 
-    def attend(self, pool: Tensor, view: Layer) -> tuple[Tensor, Tensor]:
-        scores = ((-1, -1), self.softmax_scale, self.softcap, None, self.sinks, None)
-        return kernels.attend(pool, view, self.q, self.slots.layout, self.lengths, *scores)
+    @property
+    def layer(self) -> int:
+        return self.queries.view.number
+
+    def attend(self, view: Layer) -> tuple[Tensor, Tensor]:
+        queries = self.queries._replace(view=view)
+        return parts.attend(self.slots.pool, self.slots.layout, queries, -1, self.kernel)
 
 
 class Pages(NamedTuple):
@@ -51,22 +53,22 @@ class Pages(NamedTuple):
 def attend(selection: Selection, call: Call) -> tuple[Tensor, Tensor]:
     """As `kernels.attend`, over the pages that the selection chooses and the tail."""
     slots, layer = call.slots, call.layer
-    pages = _pages(selection, call) if selection.selects(layer, call.q.shape[1]) else None
+    pages = _pages(selection, call) if selection.selects(layer, call.queries.q.shape[1]) else None
     if pages is None or np.array_equal(pages.read, pages.ranked):
-        out, lse = call.attend(*slots.snapshot(layer))
+        out, lse = call.attend(call.queries.view)
         slots.index.report(slots.pool, layer, lse.new_zeros(()).expand(lse.shape))
     else:
         out, lse = _attend_some(selection, call, pages)
     if selection.observes:
         scoring = (call.softmax_scale, call.softcap, selection.local_tokens)
-        slots.index.observe(call.function, slots, layer, call.q, lse, call.lengths, *scoring)
+        slots.index.observe(call.function, slots, layer, call.queries.q, lse, call.queries.counts, *scoring)
     return out, lse
 
 
 def _pages(selection: Selection, call: Call) -> Pages:
-    size, lengths = call.slots.layout.page_size, call.slots.layers[call.layer].host_lengths
+    size, lengths = call.slots.layout.page_size, call.queries.view.host_lengths
     full = lengths // size
-    new = call.q.shape[1] if call.lengths is None else call.lengths.numpy()[:, None]
+    new = call.queries.q.shape[1] if call.queries.counts is None else call.queries.counts.numpy()[:, None]
     ranked = np.minimum(full - selection.recent, (lengths - new) // size).clip(min=0).astype(np.int32)
     budget = _FIRST_PAGES if isinstance(selection.budget, float) else selection.budget
     sinks = max(selection.sinks, call.slots.layout.plain.prefix)  # the first pages stand first in a table
@@ -79,14 +81,14 @@ def _attend_some(selection: Selection, call: Call, pages: Pages) -> tuple[Tensor
     summaries = slots.index.update(call.function, slots, layer, selection, pages.ranked)
     scores = _scores(selection, call, summaries, pages)
     chosen, unread = _choose(scores, pages)
-    pool, view = slots.snapshot(layer)
-    out, lse = call.attend(pool, _as_if_only(view, chosen, pages, slots.layout))
+    view = call.queries.view
+    out, lse = call.attend(_as_if_only(view, chosen, pages, slots.layout))
     if isinstance(selection.budget, float):
         enough = np.maximum(pages.read, _pages_for(selection.budget, scores, pages, lse, size))
         if (enough > pages.read).any():
             pages = pages._replace(read=enough)
             chosen, unread = _choose(scores, pages)
-            out, lse = call.attend(pool, _as_if_only(view, chosen, pages, slots.layout))
+            out, lse = call.attend(_as_if_only(view, chosen, pages, slots.layout))
     if selection.certified:
         slots.index.report(slots.pool, layer, _dropped(unread, lse, size))
     return out, lse
@@ -96,7 +98,7 @@ def _scores(selection: Selection, call: Call, summaries: Tensor, pages: Pages) -
     """(batch, heads or kv_heads, most ranked pages) float32: of pages as of keys, so softcap is applied to them."""
     summaries = summaries[:, :, : int(pages.ranked.max())]
     ranked = torch.from_numpy(pages.ranked)
-    scores = selection.scores(call.q, summaries, ranked, call.lengths, call.softmax_scale)
+    scores = selection.scores(call.queries.q, summaries, ranked, call.queries.counts, call.softmax_scale)
     return scores if call.softcap == 0 else call.softcap * torch.tanh(scores / call.softcap)
 
 
@@ -123,11 +125,11 @@ def _as_if_only(view: Layer, chosen: Tensor, pages: Pages, layout: PageLayout) -
     )
 
 
-def _with_parts(index: NDArray[np.int32], plain_pages: int, parts: int) -> NDArray[np.int32]:
+def _with_parts(index: NDArray[np.int32], plain_pages: int, count: int) -> NDArray[np.int32]:
     """All entries of the pages that begin at table entries `index`, of which the first plain_pages are plain."""
     plain = min(plain_pages, index.shape[-1])
-    whole = index[..., :plain, None] + np.arange(parts, dtype=index.dtype)
-    return np.concatenate([whole.reshape(*index.shape[:-1], plain * parts), index[..., plain:]], axis=-1)
+    whole = index[..., :plain, None] + np.arange(count, dtype=index.dtype)
+    return np.concatenate([whole.reshape(*index.shape[:-1], plain * count), index[..., plain:]], axis=-1)
 
 
 def _pages_for(mass: float, scores: Tensor, pages: Pages, lse: Tensor, size: int) -> Counts:
