@@ -111,7 +111,7 @@ class LayerAccess(Space):
     ) -> tuple[Tensor, Layer]:
         """The pages and the layer to read, once it is known to hold what q, the window and the slopes refer to."""
         pages, view = slots.snapshot(layer)
-        seen, thinned = slots.seen.numpy()[layer], slots.thinned.numpy()[layer]
+        seen, thinned = slots.host.seen[layer], slots.host.thinned[layer]
         check_places(name, q.shape[1], counts, view.host_lengths, seen, thinned, window_size, alibi_slopes)
         return pages, view
 

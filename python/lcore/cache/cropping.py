@@ -16,7 +16,7 @@ def crop(function: str, slots: Slots, limits: NDArray[np.int64]) -> None:
     Tokens kept from a page that is cut go to the tail.
     """
     page_size = slots.layout.page_size
-    lengths, seen, thinned = slots.lengths.numpy(), slots.seen.numpy(), slots.thinned.numpy()
+    lengths, seen, thinned = slots.host.lengths, slots.host.seen, slots.host.thinned
     taken = (seen - limits).clip(min=0)[..., None]
     emptied = np.broadcast_to((limits == 0)[:, None], thinned.shape)
     least = np.where((taken > 0) & ~emptied, thinned, 0).max((0, 2))
@@ -31,7 +31,7 @@ def crop(function: str, slots: Slots, limits: NDArray[np.int64]) -> None:
             slots.undo.check(cut, after, page_size)
             slots.undo.restore(cut, slots.tail_k, slots.tail_v)
         elif cut.any():
-            ids = slots.table.numpy()[cut, kept[cut]]
+            ids = slots.host.table[cut, kept[cut]]
             with slots.pool.using(ids):
                 pages = slots.pool.data[torch.from_numpy(ids)]
             where = torch.from_numpy(cut)

@@ -107,7 +107,7 @@ def _compact(function: str, slots: Slots, layer: int, keep: Mask) -> None:
     finally:
         # The kernel has set the lengths if it ran, even when Ctrl-C came after it.
         if np.array_equal(view.host_lengths, counts):
-            slots.thinned.numpy()[layer] = thinned
+            slots.host.thinned[layer] = thinned
             slots.pool.allocator.release(dropped)
         else:
             slots.pool.allocator.release(fresh)
@@ -132,8 +132,8 @@ def _written(view: Layer, keep: Mask, size: int) -> Mask:
 
 def _thinned(slots: Slots, layer: int, keep: Mask) -> NDArray[np.int64]:
     """`Slots.thinned` of a layer once all but `keep` is gone: the last token dropped is so far from the last seen."""
-    lengths, thinned = slots.layers[layer].host_lengths, slots.thinned.numpy()[layer]
+    lengths, thinned = slots.layers[layer].host_lengths, slots.host.thinned[layer]
     dropped = between(0, lengths, keep.shape[-1]) & ~keep
     behind = lengths - keep.shape[-1] + dropped[..., ::-1].argmax(-1)
-    seen = slots.seen.numpy()[layer][:, None]
+    seen = slots.host.seen[layer][:, None]
     return np.where(dropped.any(-1), np.maximum(thinned, seen - behind), thinned)

@@ -22,6 +22,15 @@ class Layer(NamedTuple):
     plain_pages: int  # the first pages of each slot that hold values where the formats are codes
 
 
+class Host(NamedTuple):
+    """NumPy views of `Slots`: torch's own would not be given out while it traces, when a cache may be collected."""
+
+    table: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    seen: NDArray[np.int64]
+    thinned: NDArray[np.int64]
+
+
 def between(first: NDArray[np.integer] | int, last: NDArray[np.integer], width: int) -> NDArray[np.bool_]:
     """Mask (..., width): columns first .. last - 1 of each slot."""
     columns = np.arange(width, dtype=np.int32)

@@ -70,8 +70,8 @@ def save(
     try:
         # Pages that the cache holds are never written again, and this tensor outlives a pool that grows meanwhile.
         pool = slots.pool.data.numpy()
-        used = used_entries(slots.table.numpy(), slots.entries())
-        ids, dense = np.unique(slots.table.numpy()[used], return_inverse=True)
+        used = used_entries(slots.host.table, slots.entries())
+        ids, dense = np.unique(slots.host.table[used], return_inverse=True)
         table = np.zeros((*used.shape[:-1], int(slots.entries().max(initial=0))), dtype=np.int32)
         table[used[..., : table.shape[-1]]] = dense
         tensors["table"] = torch.from_numpy(table)

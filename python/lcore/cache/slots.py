@@ -14,7 +14,7 @@ from lcore.cache.checks import MAX_TOKENS
 from lcore.cache.formats import PageLayout
 from lcore.cache.kernels import append_
 from lcore.cache.key_scores import KeyScores
-from lcore.cache.layer import Layer, between
+from lcore.cache.layer import Host, Layer, between
 from lcore.cache.page_index import PageIndex
 from lcore.cache.pool import Ids, PagePool, new_tensor
 from lcore.cache.room import make_room
@@ -56,6 +56,7 @@ class Slots:
         self.scores = scores
         self.undo = undo  # where pages are coded
         self.index = PageIndex(tuple(lengths.shape))
+        self.host = Host(*(x.numpy() for x in (table, lengths, seen, thinned)))
         self.layers = self._views()
         # (batch,) 1 where nothing was ever taken out of the row; not bool, of which a file keeps one bit of eight.
         self.intact = np.ones(lengths.shape[1], dtype=np.uint8)
@@ -122,7 +123,7 @@ class Slots:
 
     def full_pages(self) -> NDArray[np.int32]:
         """(layers, batch, kv_heads): full pages that each slot has."""
-        return self.lengths.numpy() // self.layout.page_size
+        return self.host.lengths // self.layout.page_size
 
     def entries(self) -> NDArray[np.int32]:
         """(layers, batch, kv_heads): pages of the pool that each slot holds, the first entries of its table."""
@@ -156,7 +157,7 @@ class Slots:
             finally:
                 # The kernel has moved the lengths if it ran, even if Ctrl-C came after it.
                 if np.array_equal(lengths, total):
-                    self.seen.numpy()[layer] += k.shape[1] if counts is None else counts.numpy()
+                    self.host.seen[layer] += k.shape[1] if counts is None else counts.numpy()
                 elif ids is not None:
                     self.pool.allocator.release(ids)
 
@@ -178,12 +179,12 @@ class Slots:
         with self.pool.lock:
             self.pool.allocator.retain(np.concatenate([held.ravel() for held in pages]))
             for row, held in enumerate(pages):
-                self.table.numpy()[:, row, :, : len(held)] = held.reshape(-1, layers, heads).transpose(1, 2, 0)
+                self.host.table[:, row, :, : len(held)] = held.reshape(-1, layers, heads).transpose(1, 2, 0)
                 self.lengths[:, row] = self.seen[:, row] = len(held) * self.layout.page_size
 
     def row_pages(self, row: int, count: int) -> Ids:
         """The first `count` pages of a row, as `hold` takes them."""
-        return np.ascontiguousarray(self.table.numpy()[:, row, :, :count].transpose(2, 0, 1)).reshape(count, -1)
+        return np.ascontiguousarray(self.host.table[:, row, :, :count].transpose(2, 0, 1)).reshape(count, -1)
 
     def fork(self, function: str) -> Slots:
         """A copy that shares the full pages: one reference more for each."""
@@ -225,6 +226,7 @@ class Slots:
         """Another one with the same entries in use."""
         self.pool.member_bytes += table.nbytes - self.table.nbytes
         self.table = table
+        self.host = self.host._replace(table=table.numpy())
         self.layers = self._views()
 
     def snapshot(self, layer: int) -> tuple[torch.Tensor, Layer]:
@@ -243,7 +245,7 @@ class Slots:
 
     def ids(self, first: NDArray[np.int32] | int, last: NDArray[np.int32]) -> Ids:
         """Ids in the entries first .. last - 1 of every slot."""
-        table = self.table.numpy()
+        table = self.host.table
         return table[between(first, last, table.shape[-1])]
 
     def _views(self) -> list[Layer]:

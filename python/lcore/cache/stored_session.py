@@ -108,7 +108,7 @@ class StoredSession:
             pool.allocator.retain(ids[np.delete(named, np.unique(named, return_index=True)[1])])
             for name, tensor in (slot_tensors(slots) | {"table": slots.table[..., : used.shape[-1]]}).items():
                 tensor.copy_(self._tensors[name])
-            slots.table.numpy()[..., : used.shape[-1]][used] = ids[named]
+            slots.host.table[..., : used.shape[-1]][used] = ids[named]
 
     def close(self) -> None:
         self._held.close()
