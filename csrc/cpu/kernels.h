@@ -17,6 +17,8 @@ struct MergeGradParams;
 struct PageBoundsParams;
 struct PageScoresParams;
 struct RopeParams;
+struct SelectiveScanParams;
+struct SelectiveScanGradParams;
 }  // namespace lcore
 
 namespace lcore::cpu {
@@ -34,6 +36,8 @@ struct KernelTable {
   void (*page_bounds)(const PageBoundsParams&, Executor&);
   void (*page_scores)(const PageScoresParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);
+  void (*selective_scan)(const SelectiveScanParams&, Executor&);
+  void (*selective_scan_backward)(const SelectiveScanGradParams&, Executor&);
   double (*peak_fma)(Executor&, int repeats);  // float32 operations a second
   double (*peak_dot)(Executor&,
                      int repeats);  // bfloat16 dot-product operations a second, 0 where there is no such instruction

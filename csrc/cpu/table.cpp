@@ -17,6 +17,8 @@ void merge_states_backward(const MergeGradParams&, Executor&);
 void page_bounds(const PageBoundsParams&, Executor&);
 void page_scores(const PageScoresParams&, Executor&);
 void rope(const RopeParams&, Executor&);
+void selective_scan(const SelectiveScanParams&, Executor&);
+void selective_scan_backward(const SelectiveScanGradParams&, Executor&);
 double peak_fma(Executor&, int);
 double peak_dot(Executor&, int);
 double peak_read(Executor&, int);
@@ -34,6 +36,8 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             page_bounds,
                             page_scores,
                             rope,
+                            selective_scan,
+                            selective_scan_backward,
                             peak_fma,
                             peak_dot,
                             peak_read};

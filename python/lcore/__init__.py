@@ -4,7 +4,7 @@ from lcore.cache import PagedCache, PrefixCache, policies
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope
+from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope, selective_scan
 
 __all__ = [
     "Generator",
@@ -21,5 +21,6 @@ __all__ = [
     "page_scores",
     "policies",
     "rope",
+    "selective_scan",
 ]
 __version__ = build_info()["version"]

@@ -24,6 +24,7 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "page_bounds_paged": ("cpu",),
     "page_scores": ("cpu",),
     "rope": ("cpu",),
+    "selective_scan": ("cpu",),
 }
 
 

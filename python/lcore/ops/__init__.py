@@ -7,5 +7,6 @@ from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
 from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
+from lcore.ops.selective_scan import selective_scan
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope"]
+__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope", "selective_scan"]

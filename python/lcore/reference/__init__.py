@@ -6,5 +6,6 @@ from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
 from lcore.reference.page_bounds import page_bounds, page_scores
 from lcore.reference.rope import rope
+from lcore.reference.selective_scan import selective_scan
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope"]
+__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope", "selective_scan"]
