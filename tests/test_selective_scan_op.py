@@ -120,7 +120,7 @@ ERRORS = [
     ),
     ({"cu_seqlens": OFFSETS}, ValueError, "batch must be 1 with cu_seqlens, got 2"),
     ({"cu_seqlens": OFFSETS.long()}, TypeError, "cu_seqlens must have dtype int32, got int64"),
-    ({"A": A.to(torch.complex64)}, NotImplementedError, "no kernel for complex A; use a real A, (dim, states)"),
+    ({"A": A.to(torch.complex64)}, NotImplementedError, "no kernel for complex A; use a real A"),
 ]
 
 

@@ -16,7 +16,8 @@ struct Series {
   int64_t step = 0;
 };
 
-// States of sequences, (slots, channels, values) contiguous; a sequence's slot is slots[i], or i itself.
+// States of sequences, (slots, channels, values) contiguous; a sequence's slot is slots[i], or i itself. A sequence
+// whose slot is negative is left out.
 struct States {
   const void* data = nullptr;
   DType type = DType::kFloat32;

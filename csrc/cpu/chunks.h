@@ -18,7 +18,7 @@ struct Chunk {
 };
 
 // Those of row 0. In row r sequences are counted from r, slots from r * chunks.size().
-inline std::vector<Chunk> chunks_of(const Sequences& s) {
+inline std::vector<Chunk> chunks_of(const Sequences& s, int64_t length = kChunk) {
   std::vector<Chunk> chunks;
   const int64_t count = s.offsets == nullptr ? 1 : s.count;
   for (int64_t i = 0; i < count; ++i) {
@@ -26,8 +26,8 @@ inline std::vector<Chunk> chunks_of(const Sequences& s) {
     const int64_t end = s.offsets == nullptr ? s.steps : s.offsets[i + 1];
     int64_t at = begin;
     do {
-      const int steps = static_cast<int>(std::min(kChunk, end - at));
-      chunks.push_back({at, steps, i, begin / kChunk + i + (at - begin) / kChunk, at == begin, at + steps == end});
+      const int steps = static_cast<int>(std::min(length, end - at));
+      chunks.push_back({at, steps, i, begin / length + i + (at - begin) / length, at == begin, at + steps == end});
       at += steps;
     } while (at < end);
   }
@@ -35,8 +35,5 @@ inline std::vector<Chunk> chunks_of(const Sequences& s) {
 }
 
 inline int64_t slots_a_row(const Sequences& s) { return s.steps / kChunk + 1; }
-
-// Steps behind the last packed sequence, from the first on; none of a row without offsets.
-inline int64_t used_steps(const Sequences& s) { return s.offsets == nullptr ? s.steps : s.offsets[s.count]; }
 
 }  // namespace lcore::cpu::LCORE_ISA

@@ -9,6 +9,8 @@ class Executor;
 struct AttentionParams;
 struct AttentionGradParams;
 struct CacheAppendParams;
+struct CausalConv1dParams;
+struct CausalConv1dGradParams;
 struct HadamardParams;
 struct CacheCompactParams;
 struct KeyMassParams;
@@ -28,6 +30,8 @@ struct KernelTable {
   void (*attention_forward)(const AttentionParams&, Executor&);
   void (*attention_backward)(const AttentionGradParams&, Executor&);
   void (*cache_append)(const CacheAppendParams&, Executor&);
+  void (*causal_conv1d)(const CausalConv1dParams&, Executor&);
+  void (*causal_conv1d_backward)(const CausalConv1dGradParams&, Executor&);
   void (*hadamard)(const HadamardParams&, Executor&);
   void (*cache_compact)(const CacheCompactParams&, Executor&);
   void (*key_mass)(const KeyMassParams&, Executor&);

@@ -9,6 +9,8 @@ namespace lcore::cpu::LCORE_ISA {
 void attention_forward(const AttentionParams&, Executor&);
 void attention_backward(const AttentionGradParams&, Executor&);
 void cache_append(const CacheAppendParams&, Executor&);
+void causal_conv1d(const CausalConv1dParams&, Executor&);
+void causal_conv1d_backward(const CausalConv1dGradParams&, Executor&);
 void hadamard(const HadamardParams&, Executor&);
 void cache_compact(const CacheCompactParams&, Executor&);
 void key_mass(const KeyMassParams&, Executor&);
@@ -24,22 +26,10 @@ double peak_dot(Executor&, int);
 double peak_read(Executor&, int);
 
 extern const KernelTable kTable;
-const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
-                            attention_forward,
-                            attention_backward,
-                            cache_append,
-                            hadamard,
-                            cache_compact,
-                            key_mass,
-                            merge_states,
-                            merge_states_backward,
-                            page_bounds,
-                            page_scores,
-                            rope,
-                            selective_scan,
-                            selective_scan_backward,
-                            peak_fma,
-                            peak_dot,
-                            peak_read};
+const KernelTable kTable = {
+    LCORE_STRING(LCORE_ISA), attention_forward, attention_backward, cache_append, causal_conv1d,
+    causal_conv1d_backward,  hadamard,          cache_compact,      key_mass,     merge_states,
+    merge_states_backward,   page_bounds,       page_scores,        rope,         selective_scan,
+    selective_scan_backward, peak_fma,          peak_dot,           peak_read};
 
 }  // namespace lcore::cpu::LCORE_ISA

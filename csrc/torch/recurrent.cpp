@@ -35,6 +35,14 @@ ScalarType wide_type(const Tensor& activation) {
   return activation.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+void require_float(const char* op, const char* name, const Tensor& tensor, const Tensor& u) {
+  const ScalarType type = tensor.scalar_type();
+  const bool known = type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+                     type == ScalarType::BFloat16;
+  require(known && (type == ScalarType::Double) == (u.scalar_type() == ScalarType::Double), op,
+          std::string(name) + " must be float32, float16 or bfloat16, or float64 where u is");
+}
+
 void require_shape(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   std::string text = "(";
   for (size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
@@ -48,6 +56,21 @@ void require_dense(const char* op, const char* name, const OptionalTensor& tenso
   require_shape(op, name, *tensor, shape);
   require(tensor->is_contiguous() && tensor->scalar_type() == type, op,
           std::string(name) + " must be contiguous " + torch::headeronly::toString(type));
+}
+
+const int64_t* state_slots(const char* op, const OptionalTensor& state_indices, int64_t count, int64_t slots) {
+  if (!state_indices.has_value()) return nullptr;
+  require_dense(op, "state_indices", state_indices, ScalarType::Long, {count});
+  const auto* values = static_cast<const int64_t*>(state_indices->data_ptr());
+  std::vector<bool> taken(slots, false);
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0) continue;
+    require(
+        values[i] < slots && !taken[values[i]], op,
+        "state_indices must be different slots below " + std::to_string(slots) + ", got " + std::to_string(values[i]));
+    taken[values[i]] = true;
+  }
+  return values;
 }
 
 }  // namespace lcore

@@ -19,10 +19,16 @@ void zero_unused(const Sequences& s, Tensor& tensor);
 // float32, or float64 for float64 activations.
 torch::headeronly::ScalarType wide_type(const Tensor& activation);
 
+// A floating-point dtype that may stand beside x: float64 only with float64.
+void require_float(const char* op, const char* name, const Tensor& tensor, const Tensor& x);
 void require_shape(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
 // Contiguous, of the given type and shape.
 void require_dense(const char* op, const char* name, const OptionalTensor& tensor, torch::headeronly::ScalarType type,
                    const std::vector<int64_t>& shape);
+
+// For each of `count` rows its slot among `slots` states, each taken once; negative: none. nullptr where there is no
+// tensor.
+const int64_t* state_slots(const char* op, const OptionalTensor& state_indices, int64_t count, int64_t slots);
 
 inline void* data_or_null(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
 

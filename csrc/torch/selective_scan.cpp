@@ -1,4 +1,4 @@
-// lcore::selective_scan and its backward on CPU tensors.
+// lcore::selective_scan, its backward and lcore::selective_state_update on CPU tensors.
 #include "core/selective_scan.h"
 
 #include "cpu/kernels.h"
@@ -10,14 +10,6 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kMaxStates = 256;
-
-void require_float(const char* op, const char* name, const Tensor& tensor, const Tensor& u) {
-  const ScalarType type = tensor.scalar_type();
-  const bool known = type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
-                     type == ScalarType::BFloat16;
-  require(known && (type == ScalarType::Double) == (u.scalar_type() == ScalarType::Double), op,
-          std::string(name) + " must be float32, float16 or bfloat16, or float64 where u is");
-}
 
 SelectiveScanParams scan_params(const char* op, const Tensor& u, const Tensor& delta, const Tensor& a, const Tensor& b,
                                 const Tensor& c, const OptionalTensor& d, const OptionalTensor& z,
@@ -83,6 +75,30 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   return {out, final_state, checkpoints};
 }
 
+// One step of every row, in place: a scan of length 1 has the bits of a longer one.
+Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, OptionalTensor d,
+                              OptionalTensor z, OptionalTensor dt_bias, bool dt_softplus,
+                              OptionalTensor state_indices) {
+  const char* op = "selective_state_update";
+  require(x.dim() == 2 && b.dim() == 3, op, "x must have 2 dimensions and B 3, got " + shape_text(x));
+  const auto step = [](const Tensor& t) { return torch::stable::unsqueeze(t, -1); };
+  const OptionalTensor gate = z.has_value() ? OptionalTensor(step(*z)) : OptionalTensor();
+  SelectiveScanParams p =
+      scan_params(op, step(x), step(dt), a, step(b), step(c), d, gate, dt_bias, dt_softplus, {}, {});
+  require_float(op, "state", state, x);
+  require(state.is_contiguous() && state.dim() == 3 && (state_indices.has_value() || state.size(0) == x.size(0)), op,
+          "state must be contiguous with a row for each of x, got " + shape_text(state));
+  require_shape(op, "state", state, {state.size(0), p.dim, p.states});
+  p.initial = {state.data_ptr(), dtype_of(state), state_slots(op, state_indices, x.size(0), state.size(0))};
+  p.final = p.initial;
+  Tensor out = new_tensor(x, {x.size(0), p.dim});
+  if (state_indices.has_value()) torch::stable::zero_(out);
+  p.out = series(step(out));
+  TorchExecutor executor;
+  cpu::kernels().selective_scan(p, executor);
+  return out;
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients selective_scan_backward(Tensor dout, OptionalTensor dfinal, Tensor u, Tensor delta, Tensor a, Tensor b,
@@ -134,6 +150,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       " Tensor? delta_bias=None, bool delta_softplus=False, Tensor? initial_state=None, Tensor? cu_seqlens=None,"
       " bool keep=True) -> (Tensor out, Tensor final_state, Tensor checkpoints)");
   m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D=None,"
+      " Tensor? z=None, Tensor? dt_bias=None, bool dt_softplus=False, Tensor? state_indices=None) -> Tensor");
+  m.def(
       "selective_scan_backward(Tensor dout, Tensor? dfinal, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
       " Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? cu_seqlens,"
       " Tensor checkpoints) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz,"
@@ -142,5 +161,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
   m.impl("selective_scan", LCORE_BOX(lcore::selective_scan));
+  m.impl("selective_state_update", LCORE_BOX(lcore::selective_state_update));
   m.impl("selective_scan_backward", LCORE_BOX(lcore::selective_scan_backward));
 }

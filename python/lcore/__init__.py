@@ -4,7 +4,19 @@ from lcore.cache import PagedCache, PrefixCache, policies
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope, selective_scan
+from lcore.ops import (
+    attention,
+    causal_conv1d,
+    causal_conv1d_update,
+    hadamard,
+    key_mass,
+    merge_states,
+    page_bounds,
+    page_scores,
+    rope,
+    selective_scan,
+    selective_state_update,
+)
 
 __all__ = [
     "Generator",
@@ -12,6 +24,8 @@ __all__ = [
     "PrefixCache",
     "attention",
     "build_info",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "explain",
     "hadamard",
     "key_mass",
@@ -22,5 +36,6 @@ __all__ = [
     "policies",
     "rope",
     "selective_scan",
+    "selective_state_update",
 ]
 __version__ = build_info()["version"]

@@ -102,6 +102,7 @@ void run(const SelectiveScanParams& p, Executor& executor) {
       store(tiles.bounds + i * kLanes<T>, load_rates(p, lane_of<T>(p, group, begin + i), tiles.rates + i * ld));
     }
     for (const Chunk& chunk : chunks) {
+      if (p.initial.slots != nullptr && p.initial.slots[row + chunk.sequence] < 0) continue;
       tiles.b.load(p.b, p.b_group, row, group, chunk, p.states);
       tiles.c.load(p.c, p.c_group, row, group, chunk, p.states);
       for (int64_t i = 0; i < count; ++i) {

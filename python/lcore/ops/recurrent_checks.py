@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from typing import Any
 
@@ -58,6 +59,18 @@ def check_packing(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int | torc
 def check_state(name: str, argument: str, state: Any, x: Tensor, shape: tuple[Any, ...], names: str) -> Tensor:
     check_tensor(name, argument, state, dtypes=(wide_dtype(x),), device=x.device, shape=shape, names=names)
     return state.contiguous()
+
+
+def check_slots(name: str, state_indices: Any, x: Tensor, slots: int | torch.SymInt) -> None:
+    """(batch,) int64, each a slot that no other row has, or negative."""
+    check_tensor(name, "state_indices", state_indices, dtypes=(torch.int64,), device=x.device, shape=(x.shape[0],),
+                 names="batch")  # fmt: skip
+    require(state_indices.is_contiguous(), name, "state_indices", "be contiguous", f"strides {state_indices.stride()}")
+    if has_values(state_indices):
+        used = [i for i in state_indices.tolist() if i >= 0]
+        require(max(used, default=-1) < slots, name, "state_indices", f"be below {slots} slots", max(used, default=-1))
+        twice = next((i for i, n in collections.Counter(used).items() if n > 1), None)
+        require(twice is None, name, "state_indices", "name no slot twice", twice)
 
 
 def keeps_for_backward(*tensors: Tensor | None) -> bool:

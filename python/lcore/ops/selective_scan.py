@@ -90,7 +90,7 @@ def selective_scan(
     _, dim, steps = u.shape
     check_tensor(_NAME, "delta", delta, dtypes=dtypes_beside(u), device=u.device, shape=u.shape,
                  names="batch, dim, len")  # fmt: skip
-    A = check_rates(_NAME, A, u, dim)
+    A = check_rates(_NAME, A, u, (dim,))
     states = A.shape[1]
     B, C = (check_projection(_NAME, name, x, u, (states, steps)) for name, x in (("B", B), ("C", C)))
     check_tensor(_NAME, "C", C, dtypes=dtypes_beside(u), shape=B.shape, names="batch, groups, states, len")
@@ -112,27 +112,28 @@ def selective_scan(
     return (out, final_state) if return_final_state else out
 
 
-def check_rates(name: str, A: Any, u: Tensor, dim: Any) -> Tensor:
-    """A real (dim, states), as the kernels take it."""
+def check_rates(name: str, A: Any, x: Tensor, inner: Any) -> Tensor:
+    """A real (*inner, states), as the kernels take it."""
     if isinstance(A, Tensor) and A.is_complex():
-        raise NotImplementedError(f"lcore.{name}: no kernel for complex A; use a real A, (dim, states)")
-    A = check_parameter(name, "A", A, u, (dim, "*"), "dim, states")
-    require(1 <= A.shape[1] <= MAX_STATES, name, "A", f"have 1 to {MAX_STATES} states", A.shape[1])
+        raise NotImplementedError(f"lcore.{name}: no kernel for complex A; use a real A")
+    names = "dim, states" if len(inner) == 1 else "heads, head_dim, states"
+    A = check_parameter(name, "A", A, x, (*inner, "*"), names)
+    require(1 <= A.shape[-1] <= MAX_STATES, name, "A", f"have 1 to {MAX_STATES} states", A.shape[-1])
     return A
 
 
-def check_projection(name: str, argument: str, x: Any, u: Tensor, tail: tuple[Any, ...]) -> Tensor:
-    """B or C: (batch, groups, *tail), or without groups."""
+def check_projection(name: str, argument: str, value: Any, x: Tensor, tail: tuple[Any, ...]) -> Tensor:
+    """B or C: (batch, groups, *tail), or without groups; groups divides x's dim, or its heads."""
     grouped = len(tail) + 2
-    check_tensor(name, argument, x, dtypes=dtypes_beside(u), device=u.device)
-    if x.dim() == grouped - 1:
-        x = x.unsqueeze(1)
+    check_tensor(name, argument, value, dtypes=dtypes_beside(x), device=x.device)
+    if value.dim() == grouped - 1:
+        value = value.unsqueeze(1)
     names = ", ".join(("batch", "groups", "states", "len")[:grouped])
-    check_tensor(name, argument, x, dtypes=dtypes_beside(u), shape=(u.shape[0], "*", *tail), names=names)
-    groups, dim = x.shape[1], u.shape[1]
+    check_tensor(name, argument, value, dtypes=dtypes_beside(x), shape=(x.shape[0], "*", *tail), names=names)
+    groups, dim = value.shape[1], x.shape[1]
     fits = groups >= 1 and dim % groups == 0
     require(fits, name, argument, lambda: f"have groups that divide dim {dim}", groups)
-    return x
+    return value
 
 
 def _slots(u: Tensor, cu_seqlens: Tensor | None) -> Any:

@@ -1,0 +1,54 @@
+// Causal depthwise convolution: out_t = act(bias + sum_w weight[w] x_(t - width + 1 + w)), what stands before a
+// sequence being its state. A chunk of steps and the width - 1 before it are widened into a tile in L1 (conv.h), so a
+// chunk needs nothing from the one before and any worker may take it.
+#include "core/executor.h"
+#include "cpu/causal_conv1d/conv.h"
+#include "cpu/kernels.h"
+
+namespace lcore::cpu::LCORE_ISA {
+namespace {
+
+template <class T, bool kRow>
+void run(const CausalConv1dParams& p, Executor& executor) {
+  using Tile = ConvTile<T, kRow>;
+  // Where the final state replaces the initial one, the last chunk must come after the first.
+  const ConvRuns runs(p.sequences, p.final.data != nullptr && p.final.data == p.initial.data);
+  const int before = p.width - 1;
+  const int64_t tile_size = Tile::size(kConvBlock + before);
+  const Scratch scratch(bytes_of<T>(2 * tile_size), executor.workers());
+  for_each_conv_item(p, runs, executor, [&](int64_t row, int64_t run, int64_t first, int64_t last, int worker) {
+    T *tile = scratch.of<T>(worker), *out = tile + tile_size;
+    for (int64_t channel = first; channel < last; channel += Tile::kUnit) {
+      const int channels = static_cast<int>(std::min<int64_t>(Tile::kUnit, last - channel));
+      Vec<T> weights[kMaxConvWidth], bias{};
+      for (int w = 0; w < p.width; ++w) {
+        weights[w] = Tile::parameter(static_cast<const T*>(p.weight) + channel * p.width + w, p.width, channels);
+      }
+      if (p.bias != nullptr) bias = Tile::parameter(static_cast<const T*>(p.bias) + channel, 1, channels);
+      for (int64_t i = runs.begin_of(run); i < runs.ends[run]; ++i) {
+        const Chunk& chunk = runs.chunks[i];
+        if (p.initial.slots != nullptr && p.initial.slots[row + chunk.sequence] < 0) continue;
+        load_inputs<T, kRow>(p, row, channel, channels, chunk, chunk.steps, chunk.begin - runs.begins[i], tile);
+        convolve_steps<T, kRow>(tile, p.width, weights, bias, chunk.steps, out);
+        if (p.silu) {
+          for (int64_t k = 0; k < chunk.steps * Tile::kUnit; k += kLanes<T>) store(out + k, silu<T>(load(out + k)));
+        }
+        Tile::save(out, channels, chunk.steps, at(p.out, row, channel, chunk.begin));
+        if (chunk.last && p.final.data != nullptr && before > 0) {
+          Tile::save(tile + chunk.steps * Tile::kUnit, channels, before,
+                     conv_state(p.final, row + chunk.sequence, channel, p));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void causal_conv1d(const CausalConv1dParams& p, Executor& executor) {
+  const bool by_channel = p.x.channel == 1 && p.dim > 1;
+  if (p.is_double) return by_channel ? run<double, false>(p, executor) : run<double, true>(p, executor);
+  return by_channel ? run<float, false>(p, executor) : run<float, true>(p, executor);
+}
+
+}  // namespace lcore::cpu::LCORE_ISA
