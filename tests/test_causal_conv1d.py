@@ -11,7 +11,7 @@ from tolerance import assert_same_bits
 import lcore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BLOCK = 256  # steps of a chunk
+BLOCK = 256  # steps of a chunk where channels are neighbours in memory; four of them where steps are
 
 
 def random_conv(steps, *, batch=2, dim=19, width=4, dtype=torch.float32, lengths=None, channel_last=False):
@@ -33,7 +33,7 @@ def random_conv(steps, *, batch=2, dim=19, width=4, dtype=torch.float32, lengths
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("channel_last", [False, True])
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 9])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, BLOCK - 1, BLOCK, BLOCK + 1, 4 * BLOCK - 1, 4 * BLOCK, 4 * BLOCK + 1])
 def test_lengths(steps, channel_last, dtype):
     out, _ = check("causal_conv1d", random_conv(steps, dtype=dtype, channel_last=channel_last))
     assert out.is_contiguous() != channel_last or steps == 1
@@ -46,7 +46,7 @@ def test_widths(width, channel_last):
     check("causal_conv1d", random_conv(3, width=width, channel_last=channel_last))
 
 
-@pytest.mark.parametrize("dim", [1, 8, 16, 64, 65, 150])
+@pytest.mark.parametrize("dim", [1, 8, 16, 17, 65, 530])
 def test_channels(dim):
     check("causal_conv1d", random_conv(21, dim=dim))
     check("causal_conv1d", random_conv(21, dim=dim, channel_last=True))
@@ -68,7 +68,7 @@ def test_only_one_of_the_results_is_used(use):
 @pytest.mark.parametrize("channel_last", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_packed(dtype, channel_last):
-    lengths = [3, 0, BLOCK, 1, BLOCK + 2, 2, 0, 40]
+    lengths = [3, 0, BLOCK, 1, 4 * BLOCK + 2, 2, 0, 40]
     check("causal_conv1d", random_conv(0, lengths=lengths, dtype=dtype, channel_last=channel_last))
 
 
@@ -113,10 +113,10 @@ def test_steps_behind_the_last_sequence_are_nothing():
 
 @pytest.mark.parametrize("channel_last", [False, True])
 def test_cuts_and_threads_do_not_change_bits(threads, channel_last):
-    arguments = random_conv(3 * BLOCK, dim=150, channel_last=channel_last)
+    arguments = random_conv(5 * BLOCK, dim=30, channel_last=channel_last)
     want = lcore.causal_conv1d(**arguments, return_final_state=True)
     state, outs = arguments["initial_state"], []
-    for begin, end in itertools.pairwise((0, 1, 3, 300, 3 * BLOCK)):
+    for begin, end in itertools.pairwise((0, 1, 3, 300, 5 * BLOCK)):
         x = arguments["x"][..., begin:end]
         out, state = lcore.causal_conv1d(**{**arguments, "x": x, "initial_state": state}, return_final_state=True)
         outs.append(out)
@@ -151,11 +151,11 @@ def test_empty(shape):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("width", [1, 4])
 def test_update_has_the_bits_of_the_whole(width, dtype):
-    arguments = random_conv(2 * BLOCK + 60, dtype=dtype, width=width)
+    arguments = random_conv(5 * BLOCK + 60, dtype=dtype, width=width)
     want, final_state = lcore.causal_conv1d(**arguments, return_final_state=True)
     state = arguments.pop("initial_state")
     x, outs = arguments.pop("x"), []
-    for begin, end in itertools.pairwise((0, 1, 2, 5, 2 * BLOCK + 59)):
+    for begin, end in itertools.pairwise((0, 1, 2, 5, 5 * BLOCK + 59)):
         outs.append(lcore.causal_conv1d_update(x[..., begin:end], state, **arguments))
     outs.append(lcore.causal_conv1d_update(x[..., -1], state, **arguments)[..., None])
     assert_same_bits(torch.cat(outs, -1), want)

@@ -86,12 +86,12 @@ template <class T, bool kRow>
 void run(const CausalConv1dGradParams& g, Executor& executor) {
   using Tile = ConvTile<T, kRow>;
   const CausalConv1dParams& p = g.forward;
-  const ConvRuns runs(p.sequences);
-  const int64_t tile_size = Tile::size(kConvBlock + 3 * kMaxConvWidth);
+  const ConvRuns runs(p.sequences, Tile::kBlock);
+  const int64_t tile_size = Tile::size(Tile::kBlock + 3 * kMaxConvWidth);
   const Scratch scratch(bytes_of<T>(4 * tile_size), executor.workers());
   // [batch][runs][dim][kSums]
   const Scratch partial(bytes_of<T>(p.dim * kSums), static_cast<int>(p.sequences.batch * runs.count()));
-  for_each_conv_item(p, runs, executor, [&](int64_t row, int64_t run, int64_t first, int64_t last, int worker) {
+  for_each_conv_item<Tile>(p, runs, executor, [&](int64_t row, int64_t run, int64_t first, int64_t last, int worker) {
     T* base = scratch.of<T>(worker);
     const Tiles<T> tiles{base, base + tile_size, base + 2 * tile_size, base + 3 * tile_size};
     T* to = partial.of<T>(row * runs.count() + run);

@@ -12,13 +12,13 @@
 
 namespace lcore::cpu::LCORE_ISA {
 
-constexpr int64_t kConvBlock = 256;    // steps a tile
-constexpr int64_t kConvChannels = 64;  // channels an item
-
 // One channel's row of steps, or a register of channels.
 template <class T, bool kRow>
 struct ConvTile {
   static constexpr int kUnit = kRow ? 1 : kLanes<T>;  // elements between steps
+  // An item's steps and channels: long enough runs of memory for the hardware to see them coming.
+  static constexpr int64_t kBlock = kRow ? 1024 : 256;
+  static constexpr int64_t kChannels = kRow ? 16 : 512;
   static constexpr int64_t size(int64_t steps) { return steps * kUnit + kLanes<T>; }
 
   static void load(const Series& in, int channels, int steps, T* tile) {
@@ -90,13 +90,13 @@ void convolve_steps(const T* tile, int width, const Vec<T>* weights, Vec<T> bias
   if constexpr (kWidth > 1) convolve_steps<T, kRow, kWidth - 1>(tile, width, weights, bias, steps, out);
 }
 
-// Chunks of sequences in runs of at most kConvBlock steps, or all in one: what an item takes. Run i is chunks
+// Chunks of sequences in runs of at most `block` steps, or all in one: what an item takes. Run i is chunks
 // [ends[i - 1], ends[i]).
 struct ConvRuns {
-  explicit ConvRuns(const Sequences& s, bool one = false) : chunks(chunks_of(s, kConvBlock)) {
+  ConvRuns(const Sequences& s, int64_t block, bool one = false) : chunks(chunks_of(s, block)) {
     int64_t steps = 0;
     for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
-      if (!one && i > 0 && steps + chunks[i].steps > kConvBlock) {
+      if (!one && i > 0 && steps + chunks[i].steps > block) {
         ends.push_back(i);
         steps = 0;
       }
@@ -116,12 +116,13 @@ struct ConvRuns {
 };
 
 // Calls fn(row, run, first channel, last, worker) for every item.
-template <class Fn>
+template <class Tile, class Fn>
 void for_each_conv_item(const CausalConv1dParams& p, const ConvRuns& runs, Executor& executor, const Fn& fn) {
-  const int64_t parts = (p.dim + kConvChannels - 1) / kConvChannels;
+  constexpr int64_t kChannels = Tile::kChannels;
+  const int64_t parts = (p.dim + kChannels - 1) / kChannels;
   executor.run(p.sequences.batch * runs.count() * parts, [&](int64_t item, int worker) {
-    const int64_t first = item % parts * kConvChannels;
-    fn(item / parts / runs.count(), item / parts % runs.count(), first, std::min(first + kConvChannels, p.dim), worker);
+    const int64_t first = item % parts * kChannels;
+    fn(item / parts / runs.count(), item / parts % runs.count(), first, std::min(first + kChannels, p.dim), worker);
   });
 }
 

@@ -12,11 +12,11 @@ template <class T, bool kRow>
 void run(const CausalConv1dParams& p, Executor& executor) {
   using Tile = ConvTile<T, kRow>;
   // Where the final state replaces the initial one, the last chunk must come after the first.
-  const ConvRuns runs(p.sequences, p.final.data != nullptr && p.final.data == p.initial.data);
+  const ConvRuns runs(p.sequences, Tile::kBlock, p.final.data != nullptr && p.final.data == p.initial.data);
   const int before = p.width - 1;
-  const int64_t tile_size = Tile::size(kConvBlock + before);
+  const int64_t tile_size = Tile::size(Tile::kBlock + before);
   const Scratch scratch(bytes_of<T>(2 * tile_size), executor.workers());
-  for_each_conv_item(p, runs, executor, [&](int64_t row, int64_t run, int64_t first, int64_t last, int worker) {
+  for_each_conv_item<Tile>(p, runs, executor, [&](int64_t row, int64_t run, int64_t first, int64_t last, int worker) {
     T *tile = scratch.of<T>(worker), *out = tile + tile_size;
     for (int64_t channel = first; channel < last; channel += Tile::kUnit) {
       const int channels = static_cast<int>(std::min<int64_t>(Tile::kUnit, last - channel));

@@ -86,37 +86,50 @@ void scan_chunk(const SelectiveScanParams& p, int64_t row, const Lane& lane, con
   store_tile(tiles.y, lane.count, chunk.steps, at(p.out, row, lane.first, chunk.begin));
 }
 
+// All chunks of a row, for `count` registers of channels from `begin` on.
+template <class T>
+void scan_row(const SelectiveScanParams& p, const std::vector<Chunk>& chunks, int64_t row, int64_t group, int64_t begin,
+              int64_t count, const Tiles<T>& tiles) {
+  const int64_t slots = slots_a_row(p.sequences), ld = p.states * kLanes<T>;
+  for (const Chunk& chunk : chunks) {
+    if (p.initial.slots != nullptr && p.initial.slots[row + chunk.sequence] < 0) continue;
+    tiles.b.load(p.b, p.b_group, row, group, chunk, p.states);
+    tiles.c.load(p.c, p.c_group, row, group, chunk, p.states);
+    for (int64_t i = 0; i < count; ++i) {
+      const Lane lane = lane_of<T>(p, group, begin + i);
+      T* states = tiles.states + i * ld;
+      if (chunk.first && p.initial.data == nullptr) std::fill_n(states, ld, T{0});
+      if (chunk.first && p.initial.data != nullptr) load_states(p.initial, row + chunk.sequence, lane, p, states);
+      if (p.checkpoints != nullptr) {
+        T* to = static_cast<T*>(p.checkpoints) + (row * slots + chunk.slot) * p.states * p.dim;
+        store_tile(states, lane.count, p.states, at({to, type_of<T>(), 0, 1, p.dim}, 0, lane.first, 0));
+      }
+      scan_chunk(p, row, lane, chunk, tiles, tiles.rates + i * ld, load(tiles.bounds + i * kLanes<T>), states);
+      if (chunk.last && p.final.data != nullptr) store_states(states, p.final, row + chunk.sequence, lane, p);
+    }
+  }
+}
+
 template <class T>
 void run(const SelectiveScanParams& p, Executor& executor) {
   const std::vector<Chunk> chunks = chunks_of(p.sequences);
-  const int64_t per_group = lanes_a_group<T>(p), all = p.sequences.batch * p.groups * per_group;
+  // Short rows go several to an item, which prepares its rates once for all of them.
+  const int64_t rows = kChunk / std::clamp<int64_t>(p.sequences.steps, 1, kChunk);
+  const int64_t row_items = (p.sequences.batch + rows - 1) / rows, per_group = lanes_a_group<T>(p);
+  const int64_t all = row_items * p.groups * per_group;
   const int64_t lanes = std::clamp<int64_t>(all / (kItemsPerWorker * executor.workers()), 1, kMaxLanes);
-  const int64_t items = (per_group + lanes - 1) / lanes;
+  const int64_t lane_items = (per_group + lanes - 1) / lanes;
   const Scratch scratch(Tiles<T>(Arena(nullptr), p.states, lanes).bytes, executor.workers());
-  const int64_t slots = slots_a_row(p.sequences), ld = p.states * kLanes<T>;
-  executor.run(p.sequences.batch * p.groups * items, [&](int64_t item, int worker) {
+  executor.run(row_items * p.groups * lane_items, [&](int64_t item, int worker) {
     const Tiles<T> tiles(Arena(scratch.of(worker)), p.states, lanes);
-    const int64_t row = item / items / p.groups, group = item / items % p.groups, begin = item % items * lanes;
-    const int64_t count = std::min(lanes, per_group - begin);
+    const int64_t group = item / lane_items % p.groups, begin = item % lane_items * lanes;
+    const int64_t count = std::min(lanes, per_group - begin), first = item / lane_items / p.groups * rows;
     for (int64_t i = 0; i < count; ++i) {
-      store(tiles.bounds + i * kLanes<T>, load_rates(p, lane_of<T>(p, group, begin + i), tiles.rates + i * ld));
+      T* rates = tiles.rates + i * p.states * kLanes<T>;
+      store(tiles.bounds + i * kLanes<T>, load_rates(p, lane_of<T>(p, group, begin + i), rates));
     }
-    for (const Chunk& chunk : chunks) {
-      if (p.initial.slots != nullptr && p.initial.slots[row + chunk.sequence] < 0) continue;
-      tiles.b.load(p.b, p.b_group, row, group, chunk, p.states);
-      tiles.c.load(p.c, p.c_group, row, group, chunk, p.states);
-      for (int64_t i = 0; i < count; ++i) {
-        const Lane lane = lane_of<T>(p, group, begin + i);
-        T* states = tiles.states + i * ld;
-        if (chunk.first && p.initial.data == nullptr) std::fill_n(states, ld, T{0});
-        if (chunk.first && p.initial.data != nullptr) load_states(p.initial, row + chunk.sequence, lane, p, states);
-        if (p.checkpoints != nullptr) {
-          T* to = static_cast<T*>(p.checkpoints) + (row * slots + chunk.slot) * p.states * p.dim;
-          store_tile(states, lane.count, p.states, at({to, type_of<T>(), 0, 1, p.dim}, 0, lane.first, 0));
-        }
-        scan_chunk(p, row, lane, chunk, tiles, tiles.rates + i * ld, load(tiles.bounds + i * kLanes<T>), states);
-        if (chunk.last && p.final.data != nullptr) store_states(states, p.final, row + chunk.sequence, lane, p);
-      }
+    for (int64_t row = first; row < std::min(first + rows, p.sequences.batch); ++row) {
+      scan_row(p, chunks, row, group, begin, count, tiles);
     }
   });
 }

@@ -37,6 +37,7 @@ constexpr DType type_of() {
 // One number a channel.
 template <class T>
 Vec<T> load_parameter(const void* data, const Lane& lane) {
+  if (data != nullptr && lane.count == kLanes<T>) return load(static_cast<const T*>(data) + lane.first);
   alignas(64) T values[kLanes<T>] = {};
   if (data != nullptr) std::copy_n(static_cast<const T*>(data) + lane.first, lane.count, values);
   return load(values);

@@ -3,6 +3,7 @@
 from lcore.ops import _attention_grad  # noqa: F401  (registers fakes and autograd)
 from lcore.ops.attention import attention
 from lcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from lcore.ops.compose_states import compose_states
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "causal_conv1d_update",
+    "compose_states",
     "hadamard",
     "key_mass",
     "merge_states",
