@@ -70,6 +70,7 @@ bench: build
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.key_mass
 	$(BIN)/python -m bench.page_bounds
+	$(BIN)/python -m bench.recurrent
 
 # The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
 bench-cpp:
