@@ -31,6 +31,7 @@ from bench.timer import median_seconds
 from lcore import reference
 
 MULTIPLY_ADDS = {"forward": 11, "backward": 19}  # a state and step
+CONV_LEN = 16384  # of the published set: far more than the caches hold
 LAYOUTS = ("dim, len", "len, dim")  # the last is contiguous
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}  # of the largest value, transformers' own rounding included
 
@@ -198,7 +199,10 @@ def main(argv: list[str]) -> None:
     for number, shape in enumerate(todo, 1):
         print(f"{number}/{len(todo)} {shape}", file=sys.stderr)
         rows += [scan_row(which, shape, args.peer_len, args.seconds) for which in args.passes]
-    convolutions = dict.fromkeys(Shape(**{**asdict(shape), "states": 0}) for shape in todo)
+    length = CONV_LEN if args.full_set else args.len
+    convolutions = [
+        Shape(dtype, layout, args.batch, args.dim, 0, length) for dtype in args.dtype for layout in args.layout
+    ]
     rows += [conv_row(shape, args.seconds) for shape in convolutions]
     updates = [(64, 1536, 16), (16, 1536, 128)] if args.full_set else [(16, args.dim, n) for n in args.states]
     rows += [update_row(batch, dim, states, args.seconds) for batch, dim, states in updates]

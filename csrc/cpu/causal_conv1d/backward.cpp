@@ -14,7 +14,7 @@ constexpr int kSums = kMaxConvWidth + 1;  // dweight of each tap, and dbias
 
 template <class T>
 struct Tiles {
-  T *x, *s, *ds, *dx;  // x and ds from width - 1 steps before the chunk to width - 1 behind it
+  T *x, *dfinal, *ds, *dx;  // x and ds from width - 1 steps before the chunk to width - 1 behind it
 };
 
 // ds of a chunk and of what follows it in its sequence; zero before the chunk and behind the sequence.
@@ -28,11 +28,9 @@ void load_slopes(const CausalConv1dGradParams& g, const Series& dout, int channe
   std::fill_n(tiles.ds, before * Tile::kUnit, T{0});
   Tile::load(dout, channels, steps + more, ds);
   if (p.silu) {
-    convolve_steps<T, kRow>(tiles.x, p.width, weights, bias, steps + more, tiles.s);
-    for (int i = 0; i < (steps + more) * Tile::kUnit; i += kLanes<T>) {
-      const Vec<T> s = load(tiles.s + i);
-      store(ds + i, load(ds + i) * silu_slope<T>(s, sigmoid<T>(s)));
-    }
+    convolve_width<T, Tile::kUnit>(
+        tiles.x, p.width, weights, bias, (steps + more) * Tile::kUnit,
+        [ds](int64_t i, Vec<T> s) { store(ds + i, load(ds + i) * silu_slope<T>(s, sigmoid<T>(s))); });
   }
   std::fill_n(ds + (steps + more) * Tile::kUnit, (before - more) * Tile::kUnit + kLanes<T>, T{0});
 }
@@ -68,13 +66,14 @@ void run_chunk(const CausalConv1dGradParams& g, int64_t row, int64_t channel, in
   add_products<T, kUnit>(tiles, p.width, steps, sums);
   Vec<T> reversed[kMaxConvWidth];
   for (int w = 0; w < p.width; ++w) reversed[w] = weights[p.width - 1 - w];
-  convolve_steps<T, kRow>(tiles.ds, p.width, reversed, Vec<T>{}, before + steps, tiles.dx);
+  convolve_width<T, kUnit>(tiles.ds, p.width, reversed, Vec<T>{}, (before + steps) * kUnit,
+                           [&tiles](int64_t i, Vec<T> sum) { store(tiles.dx + i, sum); });
   if (g.dfinal.data != nullptr && more < before) {
     // Of the final state's columns the first `held` are steps up to this chunk's end.
     const int held = before - more;
-    Tile::load(conv_state(g.dfinal, row + chunk.sequence, channel, p), channels, before, tiles.s);
+    Tile::load(conv_state(g.dfinal, row + chunk.sequence, channel, p), channels, before, tiles.dfinal);
     T* dx = tiles.dx + (steps + before - held) * kUnit;
-    for (int i = 0; i < held * kUnit; ++i) dx[i] += tiles.s[i];
+    for (int i = 0; i < held * kUnit; ++i) dx[i] += tiles.dfinal[i];
   }
   Tile::save(tiles.dx + before * kUnit, channels, steps, at(g.dx, row, channel, chunk.begin));
   if (chunk.first && g.dinitial.data != nullptr && before > 0) {
@@ -86,7 +85,7 @@ template <class T, bool kRow>
 void run(const CausalConv1dGradParams& g, Executor& executor) {
   using Tile = ConvTile<T, kRow>;
   const CausalConv1dParams& p = g.forward;
-  const ConvRuns runs(p.sequences, Tile::kBlock);
+  const ConvRuns runs(p.sequences, Tile::kBlock, Tile::kRun);
   const int64_t tile_size = Tile::size(Tile::kBlock + 3 * kMaxConvWidth);
   const Scratch scratch(bytes_of<T>(4 * tile_size), executor.workers());
   // [batch][runs][dim][kSums]

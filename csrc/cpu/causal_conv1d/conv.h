@@ -16,8 +16,10 @@ namespace lcore::cpu::LCORE_ISA {
 template <class T, bool kRow>
 struct ConvTile {
   static constexpr int kUnit = kRow ? 1 : kLanes<T>;  // elements between steps
-  // An item's steps and channels: long enough runs of memory for the hardware to see them coming.
+  // Steps a tile; steps and channels an item, which takes what is contiguous in memory as one run: the hardware sees it
+  // coming.
   static constexpr int64_t kBlock = kRow ? 1024 : 256;
+  static constexpr int64_t kRun = kRow ? 16384 : kBlock;
   static constexpr int64_t kChannels = kRow ? 16 : 512;
   static constexpr int64_t size(int64_t steps) { return steps * kUnit + kLanes<T>; }
 
@@ -69,34 +71,33 @@ void load_inputs(const CausalConv1dParams& p, int64_t row, int64_t channel, int 
   Tile::load(at(p.x, row, channel, chunk.begin - own), channels, own + steps, tile + given * Tile::kUnit);
 }
 
-// out[i] = bias + sum_w weight[w] tile[i + w], in steps: taps are added in order.
-template <class T, int kUnit, int kWidth>
-void convolve(const T* __restrict tile, const Vec<T>* weights, Vec<T> bias, int64_t count, T* __restrict out) {
+// sink(i, bias + sum_w weight[w] tile[i + w steps]) for every register i of `count` elements: taps are added in order.
+template <class T, int kUnit, int kWidth, class Sink>
+void convolve(const T* __restrict tile, const Vec<T>* weights, Vec<T> bias, int64_t count, const Sink& sink) {
   Vec<T> weight[kWidth];
   for (int w = 0; w < kWidth; ++w) weight[w] = weights[w];
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     Vec<T> sum = bias;
 #pragma GCC unroll 8
     for (int w = 0; w < kWidth; ++w) sum += weight[w] * load(tile + i + w * kUnit);
-    store(out + i, sum);
+    sink(i, sum);
   }
 }
 
-// The same with the width as a number. Writes whole registers: up to kLanes - 1 elements past `steps`.
-template <class T, bool kRow, int kWidth = kMaxConvWidth>
-void convolve_steps(const T* tile, int width, const Vec<T>* weights, Vec<T> bias, int64_t steps, T* out) {
-  constexpr int kUnit = ConvTile<T, kRow>::kUnit;
-  if (width == kWidth) return convolve<T, kUnit, kWidth>(tile, weights, bias, steps * kUnit, out);
-  if constexpr (kWidth > 1) convolve_steps<T, kRow, kWidth - 1>(tile, width, weights, bias, steps, out);
+// The same with the width as a number.
+template <class T, int kUnit, int kWidth = kMaxConvWidth, class Sink>
+void convolve_width(const T* tile, int width, const Vec<T>* weights, Vec<T> bias, int64_t count, const Sink& sink) {
+  if (width == kWidth) return convolve<T, kUnit, kWidth>(tile, weights, bias, count, sink);
+  if constexpr (kWidth > 1) convolve_width<T, kUnit, kWidth - 1>(tile, width, weights, bias, count, sink);
 }
 
-// Chunks of sequences in runs of at most `block` steps, or all in one: what an item takes. Run i is chunks
-// [ends[i - 1], ends[i]).
+// Chunks of sequences of at most `block` steps, in runs of at most `longest`, or all in one: what an item takes. Run i
+// is chunks [ends[i - 1], ends[i]).
 struct ConvRuns {
-  ConvRuns(const Sequences& s, int64_t block, bool one = false) : chunks(chunks_of(s, block)) {
+  ConvRuns(const Sequences& s, int64_t block, int64_t longest, bool one = false) : chunks(chunks_of(s, block)) {
     int64_t steps = 0;
     for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
-      if (!one && i > 0 && steps + chunks[i].steps > block) {
+      if (!one && i > 0 && steps + chunks[i].steps > longest) {
         ends.push_back(i);
         steps = 0;
       }
