@@ -59,6 +59,11 @@ _SHAPE: list[Column] = [
     ("dtype", _show("dtype")), ("tokens", _tokens), ("head_dim", _show("head_dim")), ("heads", _heads), ("mask", _mask),
 ]  # fmt: skip
 
+_SERIES: list[Column] = [
+    ("dtype", _show("dtype")), ("contiguous in", _show("layout")), ("batch", _show("batch")), ("dim", _show("dim")),
+    ("len", _show("len")),
+]  # fmt: skip
+
 COLUMNS: dict[str, list[Column]] = {
     "attention": [
         ("pass", _show("pass")), *_SHAPE, ("ms", _show("ms", "{:.2f}")), ("GFLOP/s", _show("gflops", "{:.0f}")),
@@ -132,6 +137,21 @@ COLUMNS: dict[str, list[Column]] = {
         ("ms", _show("ms", "{:.3f}")), ("GB/s", _show("gbytes_per_s", "{:.1f}")),
         ("of read peak", _show("of_read_peak", "{:.0%}")), ("of dense", _show("of_dense", "{:.1%}")),
         ("speed-up", _show("speedup", "{:.2f}×")),
+    ],
+    "selective_scan": [
+        ("pass", _show("pass")), *_SERIES, ("states", _show("states")), ("ms", _show("ms", "{:.2f}")),
+        ("M elements/s", _show("melements_per_s", "{:.1f}")), ("of FMA peak", _show("of_peak", "{:.0%}")),
+        ("over transformers", _show("speedup_transformers", "{:.0f}×")),
+        ("over a torch loop", _show("speedup_loop", "{:.0f}×")),
+    ],
+    "causal_conv1d": [
+        *_SERIES, ("ms", _show("ms", "{:.2f}")), ("GB/s", _show("gbytes_per_s", "{:.1f}")),
+        ("of clone", _show("of_copy", "{:.0%}")), ("over torch conv1d", _show("speedup", "{:.2f}×")),
+    ],
+    "state_update": [
+        ("batch", _show("batch")), ("dim", _show("dim")), ("states", _show("states")), ("ms", _show("ms", "{:.2f}")),
+        ("GB/s of states", _show("gbytes_per_s", "{:.1f}")), ("of copy", _show("of_copy", "{:.0%}")),
+        ("over torch", _show("speedup", "{:.2f}×")),
     ],
     "memory": [
         *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),

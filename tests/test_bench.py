@@ -1,6 +1,7 @@
 """The benchmarks' own logic, and that both run and leave rows that can be read."""
 
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -110,6 +111,21 @@ def test_speculation_runs(tmp_path):
         assert row["speedup"] == pytest.approx(row["tokens_per_s"] / row["plain_tokens_per_s"])
         assert row["acceptance"] is None or row["acceptance"] == pytest.approx(row["accepted"] / row["drafted"])
     assert rows[0]["accepted"] > 0
+
+
+def test_recurrent_runs(tmp_path):
+    shape = ["--len", "70", "--dim", "24", "--states", "4", "8", "--dtype", "bf16", "--peer-len", "20"]
+    content = run("recurrent", tmp_path, *shape)
+    scans = [row for row in content["rows"] if row["kind"] == "selective_scan"]
+    assert [(row["states"], row["layout"], row["pass"]) for row in scans] == list(
+        itertools.product((4, 8), ("dim, len", "len, dim"), ("forward", "backward"))
+    )
+    for row in scans:
+        assert row["melements_per_s"] == pytest.approx(24 * 70 / row["ms"] / 1e3)
+        assert row["speedup_loop"] == pytest.approx(row["melements_per_s"] / row["loop_melements"])
+    for row in content["rows"][8:]:
+        bytes_moved = 2 * 24 * 70 * 2 if row["kind"] == "causal_conv1d" else 2 * 16 * 24 * row["states"] * 4
+        assert row["gbytes_per_s"] == pytest.approx(bytes_moved / row["ms"] / 1e6)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -19,6 +19,9 @@ CHECKS = """
 import math
 import torch
 from attention_cases import FLOATS, check_backward, check_forward, everything, random_packed, random_qkv
+from recurrent_cases import check as check_recurrent
+from recurrent_cases import random_scan
+from test_causal_conv1d import random_conv
 from test_key_mass import check as check_mass
 from test_page_scores import check as check_scores
 from test_page_scores import test_no_score_of_the_page_is_above_its_bound as check_upward
@@ -44,6 +47,10 @@ for dtype in FLOATS:
         check_scores(q[:, -2:], lcore.page_bounds(k, 7, dtype=torch.float32), softmax_scale=-0.7)
     q, k, v, offsets = random_packed([70, 0, 30], [90, 3, 10], 2, heads=4, kv_heads=2, dtype=dtype)
     check_forward(q, k, v, **offsets, causal=True)
+    check_recurrent("selective_scan", random_scan(70, dim=21, states=7, dtype=dtype))
+    check_recurrent("selective_scan", random_scan(70, dim=16, states=16, dtype=dtype, channel_last=True))
+    for channel_last in (False, True):
+        check_recurrent("causal_conv1d", random_conv(300, dtype=dtype, channel_last=channel_last))
 
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, 1e-7, 65504.0, 1.0, 3e-5]).to(dtype)
     x = special.repeat(7).reshape(1, 1, 1, 70)

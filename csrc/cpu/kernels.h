@@ -9,6 +9,8 @@ class Executor;
 struct AttentionParams;
 struct AttentionGradParams;
 struct CacheAppendParams;
+struct CausalConv1dParams;
+struct CausalConv1dGradParams;
 struct HadamardParams;
 struct CacheCompactParams;
 struct KeyMassParams;
@@ -18,6 +20,8 @@ struct PageBoundsParams;
 struct PageScoresParams;
 struct RopeParams;
 struct SelectPagesParams;
+struct SelectiveScanParams;
+struct SelectiveScanGradParams;
 }  // namespace lcore
 
 namespace lcore::cpu {
@@ -27,6 +31,8 @@ struct KernelTable {
   void (*attention_forward)(const AttentionParams&, Executor&);
   void (*attention_backward)(const AttentionGradParams&, Executor&);
   void (*cache_append)(const CacheAppendParams&, Executor&);
+  void (*causal_conv1d)(const CausalConv1dParams&, Executor&);
+  void (*causal_conv1d_backward)(const CausalConv1dGradParams&, Executor&);
   void (*hadamard)(const HadamardParams&, Executor&);
   void (*cache_compact)(const CacheCompactParams&, Executor&);
   void (*key_mass)(const KeyMassParams&, Executor&);
@@ -36,6 +42,8 @@ struct KernelTable {
   void (*page_scores)(const PageScoresParams&, Executor&);
   void (*rope)(const RopeParams&, Executor&);
   void (*select_pages)(const SelectPagesParams&, Executor&);
+  void (*selective_scan)(const SelectiveScanParams&, Executor&);
+  void (*selective_scan_backward)(const SelectiveScanGradParams&, Executor&);
   double (*peak_fma)(Executor&, int repeats);  // float32 operations a second
   double (*peak_dot)(Executor&,
                      int repeats);  // bfloat16 dot-product operations a second, 0 where there is no such instruction

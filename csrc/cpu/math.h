@@ -1,4 +1,4 @@
-// Vector functions of the softmax: exp with a stated error, and tanh built on it.
+// Vector functions: exp with a stated error for the softmax, exp2 for any number, and tanh.
 #pragma once
 
 #include <cmath>
@@ -8,21 +8,24 @@
 
 namespace lcore::cpu::LCORE_ISA {
 
-// e^x = 2^n * 2^r with n = round(x log2 e), |r| <= 1/2. 2^r is 1 + r q(r), q the quartic that minimises the relative
-// error (1.1e-7); log2 e in one float adds 1.3e-8 |x|: error below 3 ulp for x in [-8, 8], below 12 ulp to -87, where a
-// weight counts for nothing. exp(0) is 1 exactly; below -87.3 (the smallest normal float) the result is 0, so exp(-inf)
-// = 0.
+// 2^r for |r| <= 1/2: 1 + r q(r), q the quartic that minimises the relative error (1.1e-7). 2^0 is 1 exactly.
+inline Vec<float> exp2_fraction(Vec<float> r) {
+  Vec<float> p = splat(0.0013264727f) * r + 0.009671513f;
+  p = p * r + 0.055507336f;
+  p = p * r + 0.24022242f;
+  p = p * r + 0.693147f;
+  return p * r + 1.0f;
+}
+
+// e^x = 2^n * 2^r with n = round(x log2 e); log2 e in one float adds 1.3e-8 |x|: error below 3 ulp for x in [-8, 8],
+// below 12 ulp to -87, where a weight counts for nothing. exp(0) is 1 exactly; below -87.3 (the smallest normal float)
+// the result is 0, so exp(-inf) = 0.
 inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kLog2E = 1.44269504f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
   const V shifted = x * kLog2E + kMagic;
-  const V r = x * kLog2E - (shifted - kMagic);
-  V p = splat(0.0013264727f) * r + 0.009671513f;
-  p = p * r + 0.055507336f;
-  p = p * r + 0.24022242f;
-  p = p * r + 0.693147f;
-  p = p * r + 1.0f;
+  const V p = exp2_fraction(x * kLog2E - (shifted - kMagic));
   // Unsigned, because it may wrap: for n < 0 to what it should be, for x out of range to what nobody uses.
   const auto scale = (reinterpret_cast<Vec<uint32_t>>(shifted) << 23) + 0x3f800000u;
   const V result = p * reinterpret_cast<V>(scale);
@@ -32,6 +35,22 @@ inline Vec<float> exp(Vec<float> x) {
 // float64 runs for gradient checks, where the library's accuracy matters and its speed does not.
 inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// 2^x for any x: 0 below -126.5, infinity from 128 on, NaN for NaN; error below 3 ulp between.
+inline Vec<float> exp2(Vec<float> x) {
+  using V = Vec<float>;
+  // Adding it leaves n + 127 in the low bits: shifted up, they are the exponent, 0 for n = -127, infinity for 128.
+  constexpr float kMagic = 12582912.0f + 127.0f;
+  x = clamp(x, -127.0f, 128.0f);
+  const V shifted = x + kMagic;
+  const V p = exp2_fraction(x - (shifted - kMagic));
+  return p * reinterpret_cast<V>(reinterpret_cast<Vec<uint32_t>>(shifted) << 23);
+}
+
+inline Vec<double> exp2(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
   return x;
 }
 

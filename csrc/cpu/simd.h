@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 namespace lcore::cpu::LCORE_ISA {
 
@@ -71,6 +74,24 @@ inline Vec<T> iota() {
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
+}
+
+// x where it lies in [low, high], else the nearer end; a NaN stays: of two operands these instructions return the
+// second one then. The compiler makes a comparison and a blend of the operator.
+inline Vec<float> clamp(Vec<float> x, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), reinterpret_cast<__m512>(x));
+  return reinterpret_cast<Vec<float>>(_mm512_min_ps(_mm512_set1_ps(high), raised));
+#elif defined(__AVX2__)
+  const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), reinterpret_cast<__m256>(x));
+  return reinterpret_cast<Vec<float>>(_mm256_min_ps(_mm256_set1_ps(high), raised));
+#elif defined(__SSE__)
+  const __m128 raised = _mm_max_ps(_mm_set1_ps(low), reinterpret_cast<__m128>(x));
+  return reinterpret_cast<Vec<float>>(_mm_min_ps(_mm_set1_ps(high), raised));
+#else
+  const Vec<float> raised = low > x ? splat(low) : x;
+  return high < raised ? splat(high) : raised;
+#endif
 }
 
 // Lanes of a and b by index, b's counted from kLanes<T>: kAt(i) for every lane i, folded to one constant.

@@ -9,6 +9,8 @@ namespace lcore::cpu::LCORE_ISA {
 void attention_forward(const AttentionParams&, Executor&);
 void attention_backward(const AttentionGradParams&, Executor&);
 void cache_append(const CacheAppendParams&, Executor&);
+void causal_conv1d(const CausalConv1dParams&, Executor&);
+void causal_conv1d_backward(const CausalConv1dGradParams&, Executor&);
 void hadamard(const HadamardParams&, Executor&);
 void cache_compact(const CacheCompactParams&, Executor&);
 void key_mass(const KeyMassParams&, Executor&);
@@ -18,6 +20,8 @@ void page_bounds(const PageBoundsParams&, Executor&);
 void page_scores(const PageScoresParams&, Executor&);
 void rope(const RopeParams&, Executor&);
 void select_pages(const SelectPagesParams&, Executor&);
+void selective_scan(const SelectiveScanParams&, Executor&);
+void selective_scan_backward(const SelectiveScanGradParams&, Executor&);
 double peak_fma(Executor&, int);
 double peak_dot(Executor&, int);
 double peak_read(Executor&, int);
@@ -27,6 +31,8 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             attention_forward,
                             attention_backward,
                             cache_append,
+                            causal_conv1d,
+                            causal_conv1d_backward,
                             hadamard,
                             cache_compact,
                             key_mass,
@@ -36,6 +42,8 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             page_scores,
                             rope,
                             select_pages,
+                            selective_scan,
+                            selective_scan_backward,
                             peak_fma,
                             peak_dot,
                             peak_read};

@@ -9,8 +9,6 @@
 
 namespace lcore {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // float64 for float64 inputs, else float32: of lse, of sinks, and of sums over weights.
 torch::headeronly::ScalarType lse_type(const Tensor& q);
 

@@ -23,6 +23,7 @@
 namespace lcore {
 
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // The boxed ABI reads a float or int parameter as garbage without a word; refuse them at compile time.
 template <class T>

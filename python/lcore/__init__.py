@@ -4,7 +4,21 @@ from lcore.cache import PagedCache, PrefixCache, policies, selection
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope, select_pages
+from lcore.ops import (
+    attention,
+    causal_conv1d,
+    causal_conv1d_update,
+    compose_states,
+    hadamard,
+    key_mass,
+    merge_states,
+    page_bounds,
+    page_scores,
+    rope,
+    select_pages,
+    selective_scan,
+    selective_state_update,
+)
 
 __all__ = [
     "Generator",
@@ -12,6 +26,9 @@ __all__ = [
     "PrefixCache",
     "attention",
     "build_info",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "compose_states",
     "explain",
     "hadamard",
     "key_mass",
@@ -23,5 +40,7 @@ __all__ = [
     "rope",
     "select_pages",
     "selection",
+    "selective_scan",
+    "selective_state_update",
 ]
 __version__ = build_info()["version"]

@@ -15,6 +15,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
+    "causal_conv1d": ("cpu",),
+    "causal_conv1d_update": ("cpu",),
     "hadamard": ("cpu",),
     "cache_compact_": ("cpu",),
     "key_mass": ("cpu",),
@@ -25,6 +27,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "page_scores": ("cpu",),
     "rope": ("cpu",),
     "select_pages": ("cpu",),
+    "selective_scan": ("cpu",),
+    "selective_state_update": ("cpu",),
 }
 
 

@@ -2,11 +2,29 @@
 
 from lcore.ops import _attention_grad  # noqa: F401  (registers fakes and autograd)
 from lcore.ops.attention import attention
+from lcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from lcore.ops.compose_states import compose_states
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
 from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
 from lcore.ops.select_pages import select_pages
+from lcore.ops.selective_scan import selective_scan
+from lcore.ops.selective_state_update import selective_state_update
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope", "select_pages"]
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "compose_states",
+    "hadamard",
+    "key_mass",
+    "merge_states",
+    "page_bounds",
+    "page_scores",
+    "rope",
+    "select_pages",
+    "selective_scan",
+    "selective_state_update",
+]

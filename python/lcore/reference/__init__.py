@@ -1,11 +1,24 @@
 """The formulas of the ops in plain torch: short, differentiable, float64 when the inputs are. Slow, and S x S."""
 
 from lcore.reference.attention import attention
+from lcore.reference.causal_conv1d import causal_conv1d
 from lcore.reference.hadamard import hadamard
 from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
 from lcore.reference.page_bounds import page_bounds, page_scores
 from lcore.reference.rope import rope
 from lcore.reference.select_pages import select_pages
+from lcore.reference.selective_scan import selective_scan
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope", "select_pages"]
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "hadamard",
+    "key_mass",
+    "merge_states",
+    "page_bounds",
+    "page_scores",
+    "rope",
+    "select_pages",
+    "selective_scan",
+]
