@@ -12,6 +12,9 @@ void cache_append(const CacheAppendParams&, Executor&);
 void hadamard(const HadamardParams&, Executor&);
 void cache_compact(const CacheCompactParams&, Executor&);
 void key_mass(const KeyMassParams&, Executor&);
+void linear_attention(const LinearAttentionParams&, Executor&);
+void linear_attention_backward(const LinearAttentionGradParams&, Executor&);
+void linear_attention_step(const LinearAttentionStepParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void page_bounds(const PageBoundsParams&, Executor&);
@@ -30,6 +33,9 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             hadamard,
                             cache_compact,
                             key_mass,
+                            linear_attention,
+                            linear_attention_backward,
+                            linear_attention_step,
                             merge_states,
                             merge_states_backward,
                             page_bounds,

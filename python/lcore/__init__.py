@@ -4,7 +4,21 @@ from lcore.cache import PagedCache, PrefixCache, policies, selection
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
-from lcore.ops import attention, hadamard, key_mass, merge_states, page_bounds, page_scores, rope, select_pages
+from lcore.ops import (
+    attention,
+    gated_delta_rule,
+    gated_delta_rule_update,
+    gated_linear_attention,
+    gated_linear_attention_update,
+    hadamard,
+    key_mass,
+    merge_states,
+    page_bounds,
+    page_scores,
+    rope,
+    select_pages,
+    ssd,
+)
 
 __all__ = [
     "Generator",
@@ -13,6 +27,10 @@ __all__ = [
     "attention",
     "build_info",
     "explain",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
+    "gated_linear_attention",
+    "gated_linear_attention_update",
     "hadamard",
     "key_mass",
     "load_model",
@@ -23,5 +41,6 @@ __all__ = [
     "rope",
     "select_pages",
     "selection",
+    "ssd",
 ]
 __version__ = build_info()["version"]

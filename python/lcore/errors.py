@@ -15,6 +15,10 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention": ("cpu",),
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
+    "gated_delta_rule": ("cpu",),
+    "gated_delta_rule_update": ("cpu",),
+    "gated_linear_attention": ("cpu",),
+    "gated_linear_attention_update": ("cpu",),
     "hadamard": ("cpu",),
     "cache_compact_": ("cpu",),
     "key_mass": ("cpu",),
@@ -25,6 +29,7 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "page_scores": ("cpu",),
     "rope": ("cpu",),
     "select_pages": ("cpu",),
+    "ssd": ("cpu",),
 }
 
 

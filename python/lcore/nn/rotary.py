@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lcore.ops import rope as rotate
+from lcore.ops.rope import rope as rotate
 from lcore.positions import RopeConfig, rope_frequencies
 
 

@@ -2,11 +2,28 @@
 
 from lcore.ops import _attention_grad  # noqa: F401  (registers fakes and autograd)
 from lcore.ops.attention import attention
+from lcore.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
+from lcore.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
 from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
 from lcore.ops.select_pages import select_pages
+from lcore.ops.ssd import ssd
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope", "select_pages"]
+__all__ = [
+    "attention",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
+    "gated_linear_attention",
+    "gated_linear_attention_update",
+    "hadamard",
+    "key_mass",
+    "merge_states",
+    "page_bounds",
+    "page_scores",
+    "rope",
+    "select_pages",
+    "ssd",
+]

@@ -1,11 +1,26 @@
 """The formulas of the ops in plain torch: short, differentiable, float64 when the inputs are. Slow, and S x S."""
 
 from lcore.reference.attention import attention
+from lcore.reference.gated_delta_rule import gated_delta_rule
+from lcore.reference.gated_linear_attention import gated_linear_attention
 from lcore.reference.hadamard import hadamard
 from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
 from lcore.reference.page_bounds import page_bounds, page_scores
 from lcore.reference.rope import rope
 from lcore.reference.select_pages import select_pages
+from lcore.reference.ssd import ssd
 
-__all__ = ["attention", "hadamard", "key_mass", "merge_states", "page_bounds", "page_scores", "rope", "select_pages"]
+__all__ = [
+    "attention",
+    "gated_delta_rule",
+    "gated_linear_attention",
+    "hadamard",
+    "key_mass",
+    "merge_states",
+    "page_bounds",
+    "page_scores",
+    "rope",
+    "select_pages",
+    "ssd",
+]
