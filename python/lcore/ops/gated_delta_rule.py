@@ -103,9 +103,7 @@ def _gated_delta_rule(
     if g.dim() == 1:
         g = g.expand(v.shape[:-1])
     state = None if initial_state is None else initial_state.contiguous()
-    return torch.ops.lcore._linear_attention(
-        q, k, v, g, beta, None, default_scale(scale, q), state, cu_seqlens, False
-    )  # fmt: skip
+    return torch.ops.lcore._linear_attention(q, k, v, g, beta, None, default_scale(scale, q), state, cu_seqlens, False)
 
 
 def gated_delta_rule_update(
