@@ -103,7 +103,7 @@ class HeadGradients {
     chunk_.load_queries(item_, c);
     const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
     const RowsIn dout = rows_at(g_.dout, p_.out_type, item_, item_.head, c * kChunk);
-    load_tokens(dout, n, p_.value_dim, b_.dout, ld_v);
+    load_rows(dout, n, p_.value_dim, b_.dout, ld_v);
     pack_rows<M>(dout, n, p_.value_dim, b_.dout_panels, n, ld_v);
     for (int t = 0; t < n; ++t) row_from_panels(chunk_.values, n, ld_v, t, b_.rows_v + t * ld_v);
     pack_transposed(b_.rows_v, ld_v, n, p_.value_dim, b_.values_t);

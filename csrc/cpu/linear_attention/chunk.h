@@ -53,10 +53,12 @@ struct Chunk {
   void load_keys(const LinearItem& item, int64_t index) {
     n = item.tokens(index);
     const int64_t token = index * kChunk;
-    decay.load_decay(p, item, token, n);
+    decay.load_tokens(p, item, token, n);
     decay.total(n, total);
     prepare_pairs(decay, n, pairs);
-    load_tokens(rows_at(p.k, p.type, item, qk_head(p, item), token), n, p.key_dim, k, ld);
+    const RowsIn keys = rows_at(p.k, p.type, item, qk_head(p, item), token);
+    load_rows(keys, n, p.key_dim, k, ld);
+    prefetch_next_chunk(keys, p.key_dim);
     decay.apply(decay.suffix, k, n, k_out);
     if (!has_beta()) return;
     load_rows(rows_at(p.beta, p.beta_type, item, item.head, token), n, 1, beta, 1);
@@ -71,7 +73,9 @@ struct Chunk {
   // Values of a chunk, given the keys and the state before it.
   void load_values(const LinearItem& item, int64_t index, const T* state) {
     const int64_t token = index * kChunk;
-    pack_rows<M>(rows_at(p.v, p.type, item, item.head, token, item.column), n, item.columns, values, n, ld_v);
+    const RowsIn rows = rows_at(p.v, p.type, item, item.head, token, item.column);
+    pack_rows<M>(rows, n, item.columns, values, n, ld_v);
+    prefetch_next_chunk(rows, item.columns);
     if (p.weight.data != nullptr) {
       load_rows(rows_at(p.weight, p.weight_type, item, item.head, token), n, 1, weight, 1);
       scale_rows(values, weight);
@@ -85,7 +89,9 @@ struct Chunk {
 
   // Queries of a chunk, given its keys.
   void load_queries(const LinearItem& item, int64_t index) {
-    load_tokens(rows_at(p.q, p.type, item, qk_head(p, item), index * kChunk), n, p.key_dim, q, ld);
+    const RowsIn queries = rows_at(p.q, p.type, item, qk_head(p, item), index * kChunk);
+    load_rows(queries, n, p.key_dim, q, ld);
+    prefetch_next_chunk(queries, p.key_dim);
     const T scale = static_cast<T>(p.scale);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(q + i, load(q + i) * scale);
     decay.apply(decay.prefix, q, n, q_in);

@@ -27,10 +27,10 @@ struct Decay {
     return splat(table[t]);
   }
 
-  void load_decay(const LinearAttentionParams& p, const LinearItem& item, int64_t token, int n) {
+  void load_tokens(const LinearAttentionParams& p, const LinearItem& item, int64_t token, int n) {
     const RowsIn g = rows_at(p.g, p.g_type, item, item.head, token);
     if constexpr (kChannel) {
-      load_tokens(g, n, p.key_dim, step, ld);
+      load_rows(g, n, p.key_dim, step, ld);
       for (int i = 0; i < n * ld; i += kLanes<T>) store(step + i, exp(load(step + i)));
     } else {
       load_rows(g, n, 1, step, 1);

@@ -49,21 +49,22 @@ std::vector<LinearItem> linear_items(const LinearAttentionParams& p, int splits)
   return items;
 }
 
-// Rows of one head of a tensor, from a token of the item on. The next chunk's come behind them.
+// Rows of one head of a tensor, from a token of the item on.
 inline RowsIn rows_at(const Strided& x, DType type, const LinearItem& item, int64_t head, int64_t token,
                       int64_t column = 0) {
   const int64_t index = item.sequence * x.batch + (item.begin + token) * x.seq + head * x.head + column * x.dim;
-  const char* data = static_cast<const char*>(x.data) + index * static_cast<int64_t>(size_of(type));
-  return {data, type, x.seq, x.dim, data + kChunk * x.seq * static_cast<int64_t>(size_of(type))};
+  return {static_cast<const char*>(x.data) + index * static_cast<int64_t>(size_of(type)), type, x.seq, x.dim};
 }
 
-// load_rows for tokens, which lie far apart: all of them are asked for before the first is needed.
-template <class T>
-void load_tokens(const RowsIn& in, int rows, int cols, T* tile, int ld) {
+// Asks for the next chunk's rows while this one is computed: tokens lie far apart, where the hardware does not look.
+inline void prefetch_next_chunk(const RowsIn& in, int cols) {
   with_type(in.data, in.type, [&](const auto* src) {
-    for (int r = 0; r < rows; ++r) prefetch_ahead(in, src, r, rows, cols);
+    constexpr int kLine = 64 / sizeof(*src);
+    for (int r = kChunk; r < 2 * kChunk; ++r) {
+      for (int c = 0; c < cols; c += kLine) __builtin_prefetch(src + r * in.row_stride + c * in.col_stride);
+    }
+    __asm__ volatile("");  // g++ deletes calls that do nothing but prefetch
   });
-  load_rows(in, rows, cols, tile, ld);
 }
 
 inline int64_t qk_head(const LinearAttentionParams& p, const LinearItem& item) {
