@@ -84,6 +84,19 @@ def test_page_bounds_runs(tmp_path):
         assert row["of_dense"] == pytest.approx(row["ms"] / row["dense_ms"])
 
 
+def test_linear_attention_runs(tmp_path):
+    shape = ["--tokens", "128", "--heads", "2", "--key-dim", "16", "--value-dim", "8", "--op", "gla", "delta channel"]
+    rows = run("linear_attention", tmp_path, *shape, "--pass", "forward", "backward", "step")["rows"]
+    assert [(row["which"], row["op"]) for row in rows[:2]] == [("forward", "gla"), ("forward", "delta channel")]
+    pairs, states = 64 * 65 // 2 * (16 + 8), 64 * 16 * 8
+    for row, a_chunk in zip(rows, (pairs + 2 * states, 2 * pairs + 3 * states) * 2, strict=False):
+        times = 2 * 2 * 2 * (2 if row["which"] == "backward" else 1)  # multiply and add, two heads, two chunks
+        assert row["gflops"] == pytest.approx(times * a_chunk / row["ms"] / 1e6)
+        assert row["speedup"] == pytest.approx(row["chunked_ms"] / row["ms"])
+    for row in rows[4:]:
+        assert row["gbytes_per_s"] == pytest.approx(2 * 4 * 128 * 2 * 16 * 8 / row["ms"] / 1e6)
+
+
 def test_speculation_runs(tmp_path):
     shape = ["--layers", "1", "--hidden", "64", "--tokens", "400", "--long-tokens", "150", "--window", "32"]
     content = run("speculation", tmp_path, *shape, "--new-tokens", "20", "--texts", "phrases", "code", "--threads", "1")

@@ -19,6 +19,8 @@ CHECKS = """
 import math
 import torch
 from attention_cases import FLOATS, check_backward, check_forward, everything, random_packed, random_qkv
+from linear_attention_cases import DECAYS, OPS, random_inputs
+from linear_attention_cases import check as check_linear
 from test_key_mass import check as check_mass
 from test_page_scores import check as check_scores
 from test_page_scores import test_no_score_of_the_page_is_above_its_bound as check_upward
@@ -44,6 +46,10 @@ for dtype in FLOATS:
         check_scores(q[:, -2:], lcore.page_bounds(k, 7, dtype=torch.float32), softmax_scale=-0.7)
     q, k, v, offsets = random_packed([70, 0, 30], [90, 3, 10], 2, heads=4, kv_heads=2, dtype=dtype)
     check_forward(q, k, v, **offsets, causal=True)
+
+    for op in OPS:
+        for decay in DECAYS:
+            check_linear(op, random_inputs(op, (1, 83), 20, 37, heads_v=4, decay=decay, dtype=dtype))
 
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, 1e-7, 65504.0, 1.0, 3e-5]).to(dtype)
     x = special.repeat(7).reshape(1, 1, 1, 70)

@@ -47,9 +47,19 @@ struct LinearAttentionGradParams {
   void* dbeta;           // nullptr without beta
   void* dweight;         // nullptr without weight
   void* dinitial_state;  // as initial_state, or nullptr
-  void* dq_of_heads;     // where heads share q and k: (batch, seq, heads, key_dim) of the states' type, to be added up
+  // Where heads share q and k: (batch, seq, heads / heads_together, key_dim) of the states' type, to be added up.
+  void* dq_of_heads;
   void* dk_of_heads;
 };
+
+// Heads of v that share q and k and whose gradients for them one worker adds up as it goes: the largest divisor of
+// their number up to 4, so that memory for the shares stays small and work can still be spread.
+inline int64_t heads_together(const LinearAttentionParams& p) {
+  const int64_t group = p.heads / p.qk_heads;
+  int64_t together = 4;
+  while (group % together != 0) --together;
+  return together;
+}
 
 struct LinearAttentionStepParams {
   LinearAttentionParams token;  // seq is 1; initial_state, final_state and cu_seqlens are not read

@@ -135,12 +135,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   };
   Tensor dbeta = optional_rows(beta), dweight = optional_rows(weight);
   Tensor dinitial = initial_state.has_value() ? new_rows(*initial_state, false) : new_tensor(q, {0}, state_type(q));
-  LinearAttentionGradParams grads{
-      p, strided(dout), state_data("dstate", dstate, q, p), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), dg.data_ptr()};
+  LinearAttentionGradParams grads{};
+  grads.forward = p;
+  grads.dout = strided(dout);
+  grads.dfinal_state = state_data("dstate", dstate, q, p);
+  grads.dq = dq.data_ptr();
+  grads.dk = dk.data_ptr();
+  grads.dv = dv.data_ptr();
+  grads.dg = dg.data_ptr();
   if (beta.has_value()) grads.dbeta = dbeta.data_ptr();
   if (weight.has_value()) grads.dweight = dweight.data_ptr();
   if (initial_state.has_value()) grads.dinitial_state = dinitial.data_ptr();
-  const int64_t shared = p.heads == p.qk_heads ? 0 : p.heads * p.seq * (loose ? 1 : p.batch) * p.key_dim;
+  const int64_t tokens = p.seq * (loose ? 1 : p.batch);
+  const int64_t shared = p.heads == p.qk_heads ? 0 : tokens * p.heads / heads_together(p) * p.key_dim;
   Tensor dq_of_heads = new_tensor(q, {shared}, state_type(q)), dk_of_heads = new_tensor(q, {shared}, state_type(q));
   grads.dq_of_heads = dq_of_heads.data_ptr();
   grads.dk_of_heads = dk_of_heads.data_ptr();

@@ -1,6 +1,6 @@
-// Gradients of linear attention with decay and of the gated delta rule (forward.cpp). One item is a head of a sequence:
-// states before each chunk are computed again, then chunks go from right to left with dS, the gradient of the state
-// behind them. In a chunk, with G = dO and all decays as in the forward:
+// Gradients of linear attention with decay and of the gated delta rule (forward.cpp). One item is a head of a sequence
+// (or some that share q and k): states before each chunk are computed again, then chunks go from right to left with dS,
+// the gradient of the state behind them. In a chunk, with G = dO and all decays as in the forward:
 //   dV = lower(scores)^T G + K_out dS,  dscores = lower(G V^T),  dQ = G S^T + dscores K,  dK = V dS^T + dscores^T Q,
 //   dS <- decay dS + Q_in^T G.
 // The delta rule solved (I + L) V = beta R with R = V0 - K_in S, so Y = (I + L)^-T dV, dbeta R = Y, dL = -lower(Y V^T).
@@ -233,14 +233,12 @@ class HeadGradients {
     const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
     const T scale = static_cast<T>(p_.scale);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dq + i, load(b_.dq + i) * scale);
-    const bool shared = p_.heads != p_.qk_heads;  // then added up over the heads later
-    const DType type = shared ? kTypeOf<T> : p_.type;
     const RowsIn v = rows_at(p_.v, p_.type, item_, item_.head, token);
     if (g_.dweight != nullptr) load_rows(v, n, p_.value_dim, b_.dout, ld_v);
     for (int t = 0; t < n; ++t) {
       const int64_t at = row_index(p_, item_, token + t, p_.heads, item_.head);
-      store_row(b_.dq + t * ld, p_.key_dim, element_at(shared ? g_.dq_of_heads : g_.dq, type, at * p_.key_dim), type);
-      store_row(b_.dk + t * ld, p_.key_dim, element_at(shared ? g_.dk_of_heads : g_.dk, type, at * p_.key_dim), type);
+      store_key_row(b_.dq + t * ld, g_.dq, g_.dq_of_heads, token + t);
+      store_key_row(b_.dk + t * ld, g_.dk, g_.dk_of_heads, token + t);
       const int width = kChannel ? p_.key_dim : 1;
       store_row(b_.dg + t * (kChannel ? ld : 1), width, element_at(g_.dg, p_.g_type, at * width), p_.g_type);
       if (g_.dbeta != nullptr) store_row(b_.dbeta + t, 1, element_at(g_.dbeta, p_.beta_type, at), p_.beta_type);
@@ -248,6 +246,19 @@ class HeadGradients {
       if (g_.dweight != nullptr) store_weight(t, at);
       store_row(b_.row, p_.value_dim, element_at(g_.dv, p_.type, at * p_.value_dim), p_.type);
     }
+  }
+
+  // A row of dq or dk: to its tensor, or where heads share q and k to the sum of those that this worker has.
+  void store_key_row(T* row, void* tensor, void* of_heads, int64_t token) {
+    if (p_.heads == p_.qk_heads) {
+      const int64_t index = row_index(p_, item_, token, p_.heads, item_.head) * p_.key_dim;
+      return store_row(row, p_.key_dim, element_at(tensor, p_.type, index), p_.type);
+    }
+    const int64_t together = heads_together(p_);
+    T* sum = static_cast<T*>(of_heads) +
+             row_index(p_, item_, token, p_.heads / together, item_.head / together) * p_.key_dim;
+    const bool first = item_.head % together == 0;
+    for (int c = 0; c < p_.key_dim; ++c) sum[c] = first ? row[c] : sum[c] + row[c];
   }
 
   // v is weight times the tensor's row, which lies in b_.dout now; b_.row holds the gradient of the product.
@@ -269,14 +280,14 @@ class HeadGradients {
   Chunk<T, kChannel>& chunk_;
 };
 
-// dq or dk of q's heads from those of v's heads, in order.
+// dq or dk of q's heads from the shares of v's heads, in order.
 template <class T>
 void add_heads(const LinearAttentionParams& p, const T* of_heads, void* sums, int64_t token, T* row) {
-  const int64_t group = p.heads / p.qk_heads;
+  const int64_t shares = p.heads / p.qk_heads / heads_together(p);
   for (int64_t h = 0; h < p.qk_heads; ++h) {
-    const T* first = of_heads + (token * p.heads + h * group) * p.key_dim;
+    const T* first = of_heads + (token * p.qk_heads + h) * shares * p.key_dim;
     std::copy(first, first + p.key_dim, row);
-    for (int64_t i = 1; i < group; ++i) {
+    for (int64_t i = 1; i < shares; ++i) {
       for (int c = 0; c < p.key_dim; ++c) row[c] += first[i * p.key_dim + c];
     }
     store_row(row, p.key_dim, element_at(sums, p.type, (token * p.qk_heads + h) * p.key_dim), p.type);
@@ -290,10 +301,11 @@ void run(const LinearAttentionGradParams& g, Executor& executor) {
   Arena measure(nullptr);
   Buffers<T, kChannel>(p, items.empty() ? 0 : items.front().length, measure);
   const Scratch scratch(measure.used(), executor.workers());
-  executor.run(static_cast<int64_t>(items.size()), [&](int64_t i, int worker) {
+  const int64_t together = heads_together(p);
+  executor.run(static_cast<int64_t>(items.size()) / together, [&](int64_t i, int worker) {
     Arena arena(scratch.of(worker));
     Buffers<T, kChannel> b(p, items.front().length, arena);
-    HeadGradients<T, kChannel>(g, items[i], b).run();
+    for (int64_t h = 0; h < together; ++h) HeadGradients<T, kChannel>(g, items[i * together + h], b).run();
   });
   if (p.heads == p.qk_heads) return;
   const int64_t tokens = p.cu_seqlens == nullptr ? p.batch * p.seq : p.cu_seqlens[p.batch];
