@@ -13,7 +13,8 @@ COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>
 SANITIZED       := build/sanitize
 SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py tests/test_cache*.py) \
                    $(wildcard tests/test_key_mass*.py tests/test_page_*.py tests/test_policies*.py tests/test_trim.py) \
-                   $(wildcard tests/test_selective_*.py tests/test_causal_conv1d*.py) \
+                   $(wildcard tests/test_selective_*.py tests/test_causal_conv1d*.py tests/test_linear_attention_*.py) \
+                   tests/test_gated_linear_attention.py tests/test_ssd.py \
                    tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
 
 .PHONY: demo test test-slow test-abi sanitize build lint format bench bench-cpp clean
@@ -72,6 +73,7 @@ bench: build
 	$(BIN)/python -m bench.page_bounds
 	$(BIN)/python -m bench.placement
 	$(BIN)/python -m bench.recurrent
+	$(BIN)/python -m bench.linear_attention
 
 # The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
 bench-cpp:

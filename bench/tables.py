@@ -131,6 +131,14 @@ COLUMNS: dict[str, list[Column]] = {
         ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of read peak", _show("of_read_peak", "{:.0%}")),
         ("speed-up", _show("speedup", "{:.2f}×")),
     ],
+    "linear_attention": [
+        ("pass", _show("which")), ("op", _show("op")), ("dtype", _show("dtype")), ("tokens", _show("tokens")),
+        ("heads", _show("heads")), ("K", _show("key_dim")), ("V", _show("value_dim")), ("ms", _show("ms", "{:.2f}")),
+        ("tokens/s", _show("tokens_per_s", "{:.0f}")), ("GFLOP/s", _show("gflops", "{:.0f}")),
+        ("of peak", _show("of_peak", "{:.0%}")), ("GB/s", _show("gbytes_per_s", "{:.1f}")),
+        ("of read peak", _show("of_read_peak", "{:.0%}")), ("over torch chunks", _show("speedup", "{:.1f}×")),
+        ("over a loop", _show("loop_speedup", "{:.0f}×")),
+    ],
     "page_bounds": [
         ("op", _show("op")), ("format", _show("kv_format")), ("tokens", _show("tokens")),
         ("page", _show("page_size")), ("heads", _heads), ("head_dim", _show("head_dim")),

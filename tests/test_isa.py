@@ -22,6 +22,8 @@ from attention_cases import FLOATS, check_backward, check_forward, everything, r
 from recurrent_cases import check as check_recurrent
 from recurrent_cases import random_scan
 from test_causal_conv1d import random_conv
+from linear_attention_cases import DECAYS, OPS, random_inputs
+from linear_attention_cases import check as check_linear
 from test_key_mass import check as check_mass
 from test_page_scores import check as check_scores
 from test_page_scores import test_no_score_of_the_page_is_above_its_bound as check_upward
@@ -51,6 +53,10 @@ for dtype in FLOATS:
     check_recurrent("selective_scan", random_scan(70, dim=16, states=16, dtype=dtype, channel_last=True))
     for channel_last in (False, True):
         check_recurrent("causal_conv1d", random_conv(300, dtype=dtype, channel_last=channel_last))
+
+    for op in OPS:
+        for decay in DECAYS:
+            check_linear(op, random_inputs(op, (1, 83), 20, 37, heads_v=4, decay=decay, dtype=dtype))
 
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, 1e-7, 65504.0, 1.0, 3e-5]).to(dtype)
     x = special.repeat(7).reshape(1, 1, 1, 70)

@@ -14,6 +14,9 @@ void causal_conv1d_backward(const CausalConv1dGradParams&, Executor&);
 void hadamard(const HadamardParams&, Executor&);
 void cache_compact(const CacheCompactParams&, Executor&);
 void key_mass(const KeyMassParams&, Executor&);
+void linear_attention(const LinearAttentionParams&, Executor&);
+void linear_attention_backward(const LinearAttentionGradParams&, Executor&);
+void linear_attention_step(const LinearAttentionStepParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
 void page_bounds(const PageBoundsParams&, Executor&);
@@ -36,6 +39,9 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             hadamard,
                             cache_compact,
                             key_mass,
+                            linear_attention,
+                            linear_attention_backward,
+                            linear_attention_step,
                             merge_states,
                             merge_states_backward,
                             page_bounds,

@@ -9,6 +9,10 @@ from lcore.ops import (
     causal_conv1d,
     causal_conv1d_update,
     compose_states,
+    gated_delta_rule,
+    gated_delta_rule_update,
+    gated_linear_attention,
+    gated_linear_attention_update,
     hadamard,
     key_mass,
     merge_states,
@@ -18,6 +22,7 @@ from lcore.ops import (
     select_pages,
     selective_scan,
     selective_state_update,
+    ssd,
 )
 
 __all__ = [
@@ -30,6 +35,10 @@ __all__ = [
     "causal_conv1d_update",
     "compose_states",
     "explain",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
+    "gated_linear_attention",
+    "gated_linear_attention_update",
     "hadamard",
     "key_mass",
     "load_model",
@@ -42,5 +51,6 @@ __all__ = [
     "selection",
     "selective_scan",
     "selective_state_update",
+    "ssd",
 ]
 __version__ = build_info()["version"]

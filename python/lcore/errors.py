@@ -17,6 +17,10 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "cache_append_": ("cpu",),
     "causal_conv1d": ("cpu",),
     "causal_conv1d_update": ("cpu",),
+    "gated_delta_rule": ("cpu",),
+    "gated_delta_rule_update": ("cpu",),
+    "gated_linear_attention": ("cpu",),
+    "gated_linear_attention_update": ("cpu",),
     "hadamard": ("cpu",),
     "cache_compact_": ("cpu",),
     "key_mass": ("cpu",),
@@ -29,6 +33,7 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "select_pages": ("cpu",),
     "selective_scan": ("cpu",),
     "selective_state_update": ("cpu",),
+    "ssd": ("cpu",),
 }
 
 

@@ -4,6 +4,8 @@ from lcore.ops import _attention_grad  # noqa: F401  (registers fakes and autogr
 from lcore.ops.attention import attention
 from lcore.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from lcore.ops.compose_states import compose_states
+from lcore.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
+from lcore.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_update
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
@@ -12,12 +14,17 @@ from lcore.ops.rope import rope
 from lcore.ops.select_pages import select_pages
 from lcore.ops.selective_scan import selective_scan
 from lcore.ops.selective_state_update import selective_state_update
+from lcore.ops.ssd import ssd
 
 __all__ = [
     "attention",
     "causal_conv1d",
     "causal_conv1d_update",
     "compose_states",
+    "gated_delta_rule",
+    "gated_delta_rule_update",
+    "gated_linear_attention",
+    "gated_linear_attention_update",
     "hadamard",
     "key_mass",
     "merge_states",
@@ -27,4 +34,5 @@ __all__ = [
     "select_pages",
     "selective_scan",
     "selective_state_update",
+    "ssd",
 ]

@@ -89,8 +89,8 @@ def check_packing(
     require(q.dim() == (3 if packed else 4), name, "q", rule, tuple(q.shape))
     sequences = q.shape[0]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_offsets(name, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q")
-        _check_offsets(name, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k")
+        check_offsets(name, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q, "max_seqlen_q")
+        check_offsets(name, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k, "max_seqlen_k")
         sequences = cu_seqlens_q.shape[0] - 1
         fits = cu_seqlens_k.shape == cu_seqlens_q.shape
         require(
@@ -111,7 +111,7 @@ def check_packing(
         )
 
 
-def _check_offsets(name: str, argument: str, cu: Tensor, x: Tensor, longest: int | None, longest_name: str) -> None:
+def check_offsets(name: str, argument: str, cu: Tensor, x: Tensor, longest: int | None, longest_name: str) -> None:
     check_tensor(name, argument, cu, dtypes=(torch.int32,), device=x.device, shape=("*",), names="sequences + 1")
     require(cu.shape[0] >= 1, name, argument, "have at least one entry", 0)
     require(cu.is_contiguous(), name, argument, "be contiguous", f"strides {cu.stride()}")

@@ -2,6 +2,8 @@
 
 from lcore.reference.attention import attention
 from lcore.reference.causal_conv1d import causal_conv1d
+from lcore.reference.gated_delta_rule import gated_delta_rule
+from lcore.reference.gated_linear_attention import gated_linear_attention
 from lcore.reference.hadamard import hadamard
 from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
@@ -9,10 +11,13 @@ from lcore.reference.page_bounds import page_bounds, page_scores
 from lcore.reference.rope import rope
 from lcore.reference.select_pages import select_pages
 from lcore.reference.selective_scan import selective_scan
+from lcore.reference.ssd import ssd
 
 __all__ = [
     "attention",
     "causal_conv1d",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "hadamard",
     "key_mass",
     "merge_states",
@@ -21,4 +26,5 @@ __all__ = [
     "rope",
     "select_pages",
     "selective_scan",
+    "ssd",
 ]

@@ -1,0 +1,66 @@
+"""The recurrences of linear attention in plain torch, by chunks of matrix products: what lcore is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scale: float) -> Tensor:
+    """(batch, len, heads, value_dim) of tensors laid out so: batched products over all chunks, a loop over the states.
+
+    g (batch, len, heads), or (batch, len, heads, key_dim): then as (Q e^c)(K e^-c)^T with c the sum of g from the
+    chunk's begin, the fastest way in torch, which overflows where a chunk decays by more than e^-88 (lcore's does not).
+    With beta by the delta rule: a triangular solve a chunk. Computes in float32, whatever the inputs are; len is a
+    multiple of 64.
+    """
+    dtype, length = v.dtype, q.shape[1]
+    # (batch, heads, chunks, 64, dim)
+    q, k, v = (x.float().transpose(1, 2).unflatten(2, (-1, CHUNK)) for x in (q, k, v))
+    channels = g.dim() == 4
+    g = g.float().transpose(1, 2).unflatten(2, (-1, CHUNK))
+    total = (g if channels else g[..., None]).cumsum(3)
+    grown = torch.exp(total)
+    if channels:
+        q_in, k_out = q * grown, k * torch.exp(total[..., -1:, :] - total)
+        against = k * torch.exp(-total)
+        scores = (q_in @ against.transpose(-1, -2)).tril()
+    else:
+        q_in, k_out = q * grown, k * torch.exp(total[..., -1:, :] - total)
+        decay = torch.exp((total - total.transpose(-1, -2)).clamp(max=0))
+        scores = ((q @ k.transpose(-1, -2)) * decay).tril()
+    k_in = k * grown
+    if beta is not None:
+        b = beta.float().transpose(1, 2).unflatten(2, (-1, CHUNK))[..., None]
+        overlap = k_in @ against.transpose(-1, -2) if channels else (k @ k.transpose(-1, -2)) * decay
+        system = (b * overlap).tril(-1)  # its diagonal counts as 1
+        both = torch.cat([b * v, b * k_in], -1)
+        v, k_in = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True).split(
+            [v.shape[-1], k.shape[-1]], -1
+        )
+    state = q.new_zeros((*q.shape[:2], q.shape[-1], v.shape[-1]))
+    outs = []
+    for c in range(length // CHUNK):
+        new = v[:, :, c] if beta is None else v[:, :, c] - k_in[:, :, c] @ state
+        outs.append(q_in[:, :, c] @ state + scores[:, :, c] @ new)
+        state = grown[:, :, c, -1][..., None] * state + k_out[:, :, c].transpose(-1, -2) @ new
+    return (scale * torch.stack(outs, 2)).flatten(2, 3).transpose(1, 2).to(dtype)
+
+
+def looped(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scale: float) -> Tensor:
+    """The same, token by token."""
+    dtype, wide = v.dtype, [x.float() for x in (q, k, v)]
+    q, k, v = wide
+    decay = torch.exp(g.float() if g.dim() == 4 else g.float()[..., None])[..., None]
+    state = q.new_zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+    outs = []
+    for t in range(q.shape[1]):
+        state = state * decay[:, t]
+        new = v[:, t, :, None]
+        if beta is not None:
+            new = beta[:, t, :, None, None] * (new - k[:, t, :, None] @ state)
+        state = torch.baddbmm(state.flatten(0, 1), k[:, t].flatten(0, 1)[..., None], new.flatten(0, 1)).view_as(state)
+        outs.append(q[:, t, :, None] @ state)
+    return (scale * torch.stack(outs, 1)[..., 0, :]).to(dtype)

@@ -1,0 +1,328 @@
+// Gradients of linear attention with decay and of the gated delta rule (forward.cpp). One item is a head of a sequence
+// (or some that share q and k): states before each chunk are computed again, then chunks go from right to left with dS,
+// the gradient of the state behind them. In a chunk, with G = dO and all decays as in the forward:
+//   dV = lower(scores)^T G + K_out dS,  dscores = lower(G V^T),  dQ = G S^T + dscores K,  dK = V dS^T + dscores^T Q,
+//   dS <- decay dS + Q_in^T G.
+// The delta rule solved (I + L) V = beta R with R = V0 - K_in S, so Y = (I + L)^-T dV, dbeta R = Y, dL = -lower(Y V^T).
+// A token's log-decay receives what crosses it: pairs on both sides of it, and what enters or leaves the chunk past it.
+// States are kept for 64 chunks at a time, and one for each 64 chunks before: 64 + length / 4096 of them.
+#include "core/executor.h"
+#include "cpu/kernels.h"
+#include "cpu/linear_attention/chunk.h"
+
+namespace lcore::cpu::LCORE_ISA {
+namespace {
+
+constexpr int64_t kSegment = 64;  // chunks whose states are kept at once
+
+template <class T, bool kChannel>
+struct Buffers {
+  Chunk<T, kChannel> chunk;
+  int64_t state_size;
+  T* segments;     // [segments]: state before the first chunk of each
+  T* states;       // [kSegment]: state before each chunk of one segment, in panels
+  T* state;        // panels [key_dim][ld_v], on the way right
+  T* dstate;       // panels: gradient of the state behind the chunk
+  T* rows_s;       // [key_dim][ld_v]: a state or its gradient, in rows
+  T* transposed;   // panels [value columns][ld]: its transpose
+  T* dout;         // [tokens][ld_v]
+  T* dout_panels;  // panels [tokens][ld_v]
+  T* dvalues;      // the same
+  T* rows_v;       // [tokens][ld_v]
+  T* values_t;     // panels [value columns][tokens]
+  T* dscores;      // [tokens][kChunk]
+  T* dq;           // [tokens][ld]
+  T* dk;
+  T* through;  // [tokens][ld]: what comes through the state
+  T* dg;       // [tokens][ld], or [tokens]
+  T* dbeta;    // [tokens]
+  T* row;      // [max(ld, ld_v)]
+
+  Buffers(const LinearAttentionParams& p, int64_t longest, Arena& arena) : chunk(p, p.value_dim, arena) {
+    const int ld = chunk.ld, ld_v = chunk.ld_v;
+    const int64_t chunks = (longest + kChunk - 1) / kChunk;
+    state_size = int64_t{p.key_dim} * ld_v;
+    segments = arena.take<T>((chunks + kSegment - 1) / kSegment * state_size);
+    states = arena.take<T>(std::min(chunks, kSegment) * state_size);
+    for (T** tile : {&state, &dstate, &rows_s}) *tile = arena.take<T>(state_size);
+    transposed = arena.take<T>(int64_t{p.value_dim} * ld);
+    for (T** tile : {&dout, &dout_panels, &dvalues, &rows_v, &values_t}) *tile = arena.take<T>(kChunk * ld_v);
+    dscores = arena.take<T>(kChunk * kChunk);
+    for (T** tile : {&dq, &dk, &through}) *tile = arena.take<T>(kChunk * ld);
+    dg = arena.take<T>(kChannel ? kChunk * ld : kChunk);
+    dbeta = arena.take<T>(kChunk);
+    row = arena.take<T>(std::max(ld, ld_v));
+  }
+};
+
+template <class T, bool kChannel>
+class HeadGradients {
+  using M = Widened<T>;
+
+ public:
+  HeadGradients(const LinearAttentionGradParams& grads, const LinearItem& head, Buffers<T, kChannel>& buffers)
+      : g_(grads), p_(grads.forward), item_(head), b_(buffers), chunk_(buffers.chunk) {}
+
+  void run() {
+    const int64_t chunks = item_.chunks(), segments = (chunks + kSegment - 1) / kSegment;
+    first_state(p_, item_, b_.state);
+    for (int64_t s = 0; s < segments; ++s) {
+      std::copy(b_.state, b_.state + b_.state_size, b_.segments + s * b_.state_size);
+      if (s + 1 == segments) break;
+      for (int64_t c = s * kSegment; c < (s + 1) * kSegment; ++c) step_right(c);
+    }
+    start_dstate();
+    for (int64_t s = segments - 1; s >= 0; --s) {
+      const int64_t first = s * kSegment, last = std::min(first + kSegment, chunks);
+      std::copy(b_.segments + s * b_.state_size, b_.segments + (s + 1) * b_.state_size, b_.state);
+      for (int64_t c = first; c < last; ++c) {
+        std::copy(b_.state, b_.state + b_.state_size, b_.states + (c - first) * b_.state_size);
+        if (c + 1 < last) step_right(c);
+      }
+      for (int64_t c = last - 1; c >= first; --c) step_left(c, b_.states + (c - first) * b_.state_size);
+    }
+    if (g_.dinitial_state != nullptr) store_state(p_, item_, b_.dstate, b_.row, g_.dinitial_state);
+  }
+
+ private:
+  void step_right(int64_t c) {
+    chunk_.load_keys(item_, c);
+    chunk_.load_values(item_, c, b_.state);
+    chunk_.advance(b_.state);
+  }
+
+  void start_dstate() {
+    LinearAttentionParams last = p_;
+    last.initial_state = g_.dfinal_state;
+    first_state(last, item_, b_.dstate);
+  }
+
+  void step_left(int64_t c, T* state) {
+    chunk_.load_keys(item_, c);
+    chunk_.load_values(item_, c, state);
+    chunk_.load_queries(item_, c);
+    const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
+    const RowsIn dout = rows_at(g_.dout, p_.out_type, item_, item_.head, c * kChunk);
+    load_rows(dout, n, p_.value_dim, b_.dout, ld_v);
+    pack_rows<M>(dout, n, p_.value_dim, b_.dout_panels, n, ld_v);
+    for (int t = 0; t < n; ++t) row_from_panels(chunk_.values, n, ld_v, t, b_.rows_v + t * ld_v);
+    pack_transposed(b_.rows_v, ld_v, n, p_.value_dim, b_.values_t);
+    std::fill(b_.dg, b_.dg + (kChannel ? n * ld : n), T{0});
+
+    value_gradients();
+    multiply_lower(b_.dout, ld_v, b_.values_t, p_.value_dim, n, b_.dscores);
+    // Through the state behind the chunk: dK = V dS^T, decayed. Before b_.rows_v is spoiled.
+    through_state(b_.dstate, b_.rows_v, b_.dk);
+    chunk_.decay.apply(chunk_.decay.suffix, b_.dk, n, b_.dk);
+    add_leaving(state);
+    // Through the state before it: dQ = G S^T, decayed.
+    through_state(state, b_.dout, b_.dq);
+    chunk_.decay.apply(chunk_.decay.prefix, b_.dq, n, b_.dq);
+    add_entering(chunk_.q, b_.dq);
+    pair_gradients(chunk_.decay, chunk_.q, chunk_.k, chunk_.scores, n, p_.key_dim, chunk_.pairs, b_.dscores, b_.dq,
+                   b_.dk, b_.dg);
+    gemm_to_panels<M, Accumulate::kScaleAndAdd>({chunk_.q_in, 1, ld}, b_.dout_panels, n, b_.dstate, p_.key_dim,
+                                                p_.key_dim, ld_v, chunk_.total);
+    if (chunk_.has_beta()) delta_gradients(state);
+    store_tokens(c * kChunk);
+  }
+
+  // dV = scores^T G + K_out dS.
+  void value_gradients() {
+    const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
+    gemm_to_panels<M, Accumulate::kOverwrite>({chunk_.k_out, ld, 1}, b_.dstate, p_.key_dim, b_.dvalues, n, n, ld_v);
+    const bool finite = all_finite(b_.dout_panels, n * ld_v);
+    for (int j = 0; j < ld_v; j += kPanel<T>) {
+      const int width = std::min(kPanel<T>, ld_v - j);
+      gemm_masked<M, Accumulate::kAdd>({chunk_.scores, 1, kChunk}, b_.dout_panels + int64_t{j} * n, n, finite,
+                                       b_.dvalues + int64_t{j} * n, width, n, width,
+                                       [n](int r, int) { return Steps{r, n}; });
+    }
+  }
+
+  // to = rows_v state^T.
+  void through_state(T* state, const T* rows_v, T* to) {
+    const int ld = chunk_.ld, ld_v = chunk_.ld_v;
+    for (int d = 0; d < p_.key_dim; ++d) {
+      row_from_panels(state, p_.key_dim, ld_v, d, b_.rows_s + int64_t{d} * ld_v);
+    }
+    pack_transposed(b_.rows_s, ld_v, p_.key_dim, p_.value_dim, b_.transposed);
+    gemm<M, Accumulate::kOverwrite>({rows_v, ld_v, 1}, b_.transposed, p_.value_dim, {0, p_.value_dim}, to, ld, chunk_.n,
+                                    ld);
+  }
+
+  void add_to_dg(int t, const Vec<T>& sum, int c) {
+    if constexpr (kChannel) {
+      store(b_.dg + t * chunk_.ld + c, load(b_.dg + t * chunk_.ld + c) + sum);
+    } else {
+      b_.dg[t] += reduce_add<T>(sum);
+    }
+  }
+
+  // dg_t += sum of x_i dx_i over i >= t: what comes from the state before the chunk passes every token up to i.
+  void add_entering(const T* x, const T* dx) {
+    const int ld = chunk_.ld;
+    for (int c = 0; c < ld; c += kLanes<T>) {
+      Vec<T> sum{};
+      for (int t = chunk_.n - 1; t >= 0; --t) {
+        sum += load(x + t * ld + c) * load(dx + t * ld + c);
+        add_to_dg(t, sum, c);
+      }
+    }
+  }
+
+  // dg_t += sum of k_j dk_j over j < t: what goes to the state behind the chunk passes every token after j; and the
+  // state itself, whose gradient lies in rows_s, passes all.
+  void add_leaving(T* state) {
+    const int ld = chunk_.ld, ld_v = chunk_.ld_v;
+    std::fill(b_.through, b_.through + ld, T{0});
+    for (int d = 0; d < p_.key_dim; ++d) {
+      row_from_panels(state, p_.key_dim, ld_v, d, b_.row);
+      Vec<T> sum{};
+      for (int c = 0; c < ld_v; c += kLanes<T>) sum += load(b_.row + c) * load(b_.rows_s + int64_t{d} * ld_v + c);
+      b_.through[d] = chunk_.total[d] * reduce_add<T>(sum);
+    }
+    for (int c = 0; c < ld; c += kLanes<T>) {
+      Vec<T> sum = load(b_.through + c);
+      for (int t = 0; t < chunk_.n; ++t) {
+        add_to_dg(t, sum, c);
+        sum += load(chunk_.k + t * ld + c) * load(b_.dk + t * ld + c);
+      }
+    }
+  }
+
+  // From dvalues, the gradient of what the delta rule writes, to that of v (in its place), beta, k, g and the state.
+  void delta_gradients(T* state) {
+    const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
+    solve_lower_transposed(chunk_.minus, n, b_.dvalues, ld_v);
+    for (int t = 0; t < n; ++t) {
+      row_from_panels(b_.dvalues, n, ld_v, t, b_.rows_v + t * ld_v);
+      row_from_panels(chunk_.residual, n, ld_v, t, b_.row);
+      Vec<T> sum{};
+      for (int c = 0; c < ld_v; c += kLanes<T>) sum += load(b_.rows_v + t * ld_v + c) * load(b_.row + c);
+      b_.dbeta[t] = reduce_add<T>(sum);
+    }
+    multiply_lower(b_.rows_v, ld_v, b_.values_t, p_.value_dim, n, b_.dscores);  // -dL
+    for (int i = 0; i < n; ++i) {
+      T* row = b_.dscores + i * kChunk;
+      row[i] = T{0};
+      T sum{0};
+      for (int j = 0; j < i; ++j) {
+        sum -= row[j] * chunk_.overlap[i * kChunk + j];
+        row[j] *= -chunk_.beta[i];
+      }
+      b_.dbeta[i] += sum;
+    }
+    pair_gradients(chunk_.decay, chunk_.k, chunk_.k, chunk_.overlap, n, p_.key_dim, chunk_.pairs, b_.dscores, b_.dk,
+                   b_.dk, b_.dg);
+    chunk_.scale_rows(b_.dvalues, chunk_.beta);
+    // R = V0 - K_in S.
+    for (int t = 0; t < n; ++t) {
+      T* row = b_.rows_v + t * ld_v;
+      for (int c = 0; c < ld_v; c += kLanes<T>) store(row + c, load(row + c) * -chunk_.beta[t]);
+    }
+    through_state(state, b_.rows_v, b_.through);
+    chunk_.decay.apply(chunk_.decay.prefix, b_.through, n, b_.through);
+    add_entering(chunk_.k, b_.through);
+    for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dk + i, load(b_.dk + i) + load(b_.through + i));
+    gemm_to_panels<M, Accumulate::kAdd>({chunk_.minus_k_in, 1, ld}, b_.dvalues, n, b_.dstate, p_.key_dim, p_.key_dim,
+                                        ld_v);
+  }
+
+  void store_tokens(int64_t token) {
+    const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
+    const T scale = static_cast<T>(p_.scale);
+    for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dq + i, load(b_.dq + i) * scale);
+    const RowsIn v = rows_at(p_.v, p_.type, item_, item_.head, token);
+    if (g_.dweight != nullptr) load_rows(v, n, p_.value_dim, b_.dout, ld_v);
+    for (int t = 0; t < n; ++t) {
+      const int64_t at = row_index(p_, item_, token + t, p_.heads, item_.head);
+      store_key_row(b_.dq + t * ld, g_.dq, g_.dq_of_heads, token + t);
+      store_key_row(b_.dk + t * ld, g_.dk, g_.dk_of_heads, token + t);
+      const int width = kChannel ? p_.key_dim : 1;
+      store_row(b_.dg + t * (kChannel ? ld : 1), width, element_at(g_.dg, p_.g_type, at * width), p_.g_type);
+      if (g_.dbeta != nullptr) store_row(b_.dbeta + t, 1, element_at(g_.dbeta, p_.beta_type, at), p_.beta_type);
+      row_from_panels(b_.dvalues, n, ld_v, t, b_.row);
+      if (g_.dweight != nullptr) store_weight(t, at);
+      store_row(b_.row, p_.value_dim, element_at(g_.dv, p_.type, at * p_.value_dim), p_.type);
+    }
+  }
+
+  // A row of dq or dk: to its tensor, or where heads share q and k to the sum of those that this worker has.
+  void store_key_row(T* row, void* tensor, void* of_heads, int64_t token) {
+    if (p_.heads == p_.qk_heads) {
+      const int64_t index = row_index(p_, item_, token, p_.heads, item_.head) * p_.key_dim;
+      return store_row(row, p_.key_dim, element_at(tensor, p_.type, index), p_.type);
+    }
+    const int64_t together = heads_together(p_);
+    T* sum = static_cast<T*>(of_heads) +
+             row_index(p_, item_, token, p_.heads / together, item_.head / together) * p_.key_dim;
+    const bool first = item_.head % together == 0;
+    for (int c = 0; c < p_.key_dim; ++c) sum[c] = first ? row[c] : sum[c] + row[c];
+  }
+
+  // v is weight times the tensor's row, which lies in b_.dout now; b_.row holds the gradient of the product.
+  void store_weight(int t, int64_t at) {
+    const int ld_v = chunk_.ld_v;
+    Vec<T> sum{};
+    for (int c = 0; c < ld_v; c += kLanes<T>) {
+      sum += load(b_.row + c) * load(b_.dout + t * ld_v + c);
+      store(b_.row + c, load(b_.row + c) * chunk_.weight[t]);
+    }
+    const T dweight = reduce_add<T>(sum);
+    store_row(&dweight, 1, element_at(g_.dweight, p_.weight_type, at), p_.weight_type);
+  }
+
+  const LinearAttentionGradParams& g_;
+  const LinearAttentionParams& p_;
+  const LinearItem& item_;
+  Buffers<T, kChannel>& b_;
+  Chunk<T, kChannel>& chunk_;
+};
+
+// dq or dk of q's heads from the shares of v's heads, in order.
+template <class T>
+void add_heads(const LinearAttentionParams& p, const T* of_heads, void* sums, int64_t token, T* row) {
+  const int64_t shares = p.heads / p.qk_heads / heads_together(p);
+  for (int64_t h = 0; h < p.qk_heads; ++h) {
+    const T* first = of_heads + (token * p.qk_heads + h) * shares * p.key_dim;
+    std::copy(first, first + p.key_dim, row);
+    for (int64_t i = 1; i < shares; ++i) {
+      for (int c = 0; c < p.key_dim; ++c) row[c] += first[i * p.key_dim + c];
+    }
+    store_row(row, p.key_dim, element_at(sums, p.type, (token * p.qk_heads + h) * p.key_dim), p.type);
+  }
+}
+
+template <class T, bool kChannel>
+void run(const LinearAttentionGradParams& g, Executor& executor) {
+  const LinearAttentionParams& p = g.forward;
+  const std::vector<LinearItem> items = linear_items<T>(p, 1);
+  Arena measure(nullptr);
+  Buffers<T, kChannel>(p, items.empty() ? 0 : items.front().length, measure);
+  const Scratch scratch(measure.used(), executor.workers());
+  const int64_t together = heads_together(p);
+  executor.run(static_cast<int64_t>(items.size()) / together, [&](int64_t i, int worker) {
+    Arena arena(scratch.of(worker));
+    Buffers<T, kChannel> b(p, items.front().length, arena);
+    for (int64_t h = 0; h < together; ++h) HeadGradients<T, kChannel>(g, items[i * together + h], b).run();
+  });
+  if (p.heads == p.qk_heads) return;
+  const int64_t tokens = p.cu_seqlens == nullptr ? p.batch * p.seq : p.cu_seqlens[p.batch];
+  executor.run(tokens, [&](int64_t token, int worker) {
+    T* row = scratch.of<T>(worker);
+    add_heads(p, static_cast<const T*>(g.dq_of_heads), g.dq, token, row);
+    add_heads(p, static_cast<const T*>(g.dk_of_heads), g.dk, token, row);
+  });
+}
+
+}  // namespace
+
+void linear_attention_backward(const LinearAttentionGradParams& g, Executor& executor) {
+  const bool channel = g.forward.per_channel;
+  if (g.forward.type == DType::kFloat64)
+    return channel ? run<double, true>(g, executor) : run<double, false>(g, executor);
+  return channel ? run<float, true>(g, executor) : run<float, false>(g, executor);
+}
+
+}  // namespace lcore::cpu::LCORE_ISA

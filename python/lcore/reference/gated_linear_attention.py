@@ -1,0 +1,83 @@
+"""Linear attention with decay, token by token as its recurrence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What lcore.gated_linear_attention computes, with its arguments, in float32 (float64 when q is)."""
+    out, state = recurrence(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    return (out, state) if return_final_state else out
+
+
+def recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state of every sequence; with beta by the delta rule. Differentiable any number of times.
+
+    Formula: S_t = diag(e^g_t) S_(t-1) + k_t w_t^T, out_t = scale q_t^T S_t; w_t = v_t, or with beta
+        w_t = beta_t (v_t - (diag(e^g_t) S_(t-1))^T k_t).
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    work = torch.promote_types(q.dtype, torch.float32)
+    heads, group = v.shape[-2], v.shape[-2] // q.shape[-2]
+    if g.dim() == 1:
+        g = g.expand(v.shape[:-1])
+    wide = [x.to(work) for x in (q.repeat_interleave(group, -2), k.repeat_interleave(group, -2), v, g)]
+    if beta is not None:
+        wide.append(beta.to(work))
+    if cu_seqlens is None:
+        state = _first_state(initial_state, q.shape[0], heads, q, v, work)
+        out, state = _run(*wide, state=state, scale=scale)
+        return out.to(v.dtype), state
+    ends = cu_seqlens.tolist()
+    state = _first_state(initial_state, len(ends) - 1, heads, q, v, work)
+    outs, states = [], []
+    for i in range(len(ends) - 1):
+        one = [x[ends[i] : ends[i + 1]][None] for x in wide]
+        out, last = _run(*one, state=state[i : i + 1], scale=scale)
+        outs.append(out[0])
+        states.append(last)
+    loose = v.new_zeros((v.shape[0] - ends[-1], *v.shape[1:]), dtype=work)  # tokens behind the last sequence
+    return torch.cat([*outs, loose]).to(v.dtype), torch.cat([*states, state[:0]])
+
+
+def _first_state(state: Tensor | None, batch: int, heads: int, q: Tensor, v: Tensor, work: torch.dtype) -> Tensor:
+    return q.new_zeros((batch, heads, q.shape[-1], v.shape[-1]), dtype=work) if state is None else state.to(work)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, *, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(batch, len, heads, value_dim) and the state behind the last token."""
+    outs = []
+    decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]
+    for t in range(q.shape[1]):
+        state = decay[:, t] * state
+        new = v[:, t]
+        if beta is not None:
+            new = beta[:, t, :, None] * (new - (k[:, t, :, None] @ state)[..., 0, :])
+        state = state + k[:, t, :, :, None] * new[..., None, :]
+        outs.append(scale * (q[:, t, :, None] @ state)[..., 0, :])
+    return (torch.stack(outs, 1) if outs else v.new_zeros(v.shape)), state
