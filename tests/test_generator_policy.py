@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from test_cache_memory import held_bytes
-from tiny_model import tiny_decoder
+from tiny_model import greedy_by_hand, tiny_decoder
 
 from lcore import policies
 from lcore.generation import Generator, Prefill, memory
@@ -15,24 +15,11 @@ PROMPT = [(17 * i * i + 5 * i + 3) % 256 for i in range(300)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def by_hand(model, prompt, chunk, policy, new):
-    """Greedy ids from the model itself, fed chunk by chunk."""
-    cache = model.new_cache(policy=policy)
-    ids = []
-    with torch.no_grad():
-        for start in range(0, len(prompt), chunk):
-            logits = model(torch.tensor([prompt[start : start + chunk]]), cache, last_only=True)
-        for _ in range(new):
-            ids.append(int(logits[0, 0].argmax()))
-            logits = model(torch.tensor([ids[-1:]]), cache, last_only=True)
-    return ids, cache
-
-
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "adakv", "tova"])
 def test_the_text_is_the_models_own_over_what_is_kept(name):
     model = tiny_decoder()
     policy = policies.parse_policy(f"{name}:budget=80" + (",window=16" if name != "tova" else ""))
-    ids, cache = by_hand(model, PROMPT, 64, policy, 90)
+    ids, cache = greedy_by_hand(model, PROMPT, 64, 90, policy=policy)
     generator = Generator(model, prefill_chunk=64, policy=policy)
     assert generator.generate(PROMPT, max_new_tokens=90).tokens == ids
     for layer in range(2):

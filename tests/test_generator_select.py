@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_model import tiny_decoder, tiny_folder
+from tiny_model import greedy_by_hand, tiny_decoder, tiny_folder
 from typer.testing import CliRunner
 
 from lcore import PrefixCache, selection
@@ -18,19 +18,6 @@ def quest(budget, **options):
     return selection.Quest(budget, **{"dense_layers": 0, **options})
 
 
-def by_hand(model, prompt, chunk, select, new):
-    """Greedy ids from the model itself, fed chunk by chunk."""
-    cache = model.new_cache(select=select)
-    ids = []
-    with torch.no_grad():
-        for start in range(0, len(prompt), chunk):
-            logits = model(torch.tensor([prompt[start : start + chunk]]), cache, last_only=True)
-        for _ in range(new):
-            ids.append(int(logits[0, 0].argmax()))
-            logits = model(torch.tensor([ids[-1:]]), cache, last_only=True)
-    return ids, cache
-
-
 def dropped_of(generator, prompt, new):
     events = generator.stream(prompt, max_new_tokens=new)
     return next(event.stats.dropped_mass for event in events if isinstance(event, Done))
@@ -39,7 +26,7 @@ def dropped_of(generator, prompt, new):
 @pytest.mark.parametrize("select", [quest(3), selection.InfLLM(4, recent=1, local_tokens=64, sinks=1)])
 def test_the_text_is_the_models_own_over_what_is_read(select):
     model = tiny_decoder()
-    ids, cache = by_hand(model, PROMPT, 64, select, 60)
+    ids, cache = greedy_by_hand(model, PROMPT, 64, 60, select=select)
     generator = Generator(model, prefill_chunk=64, select=select)
     assert generator.generate(PROMPT, max_new_tokens=60).tokens == ids
     assert torch.equal(generator.cache.lengths(1), cache.lengths(1))

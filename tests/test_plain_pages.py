@@ -4,7 +4,7 @@ import pytest
 import torch
 from cache_cases import all_pages_are_free, allocator_of
 from test_cache_memory import held_bytes
-from tiny_model import tiny_decoder
+from tiny_model import greedy_by_hand, tiny_decoder
 from tolerance import assert_same_bits
 
 import lcore
@@ -258,14 +258,7 @@ def test_the_generator_makes_such_caches():
     generator = Generator(model, kv_format="int4", prefill_chunk=64, context=500, **options)
     prompt = [(17 * i * i + 5 * i + 3) % 256 for i in range(300)]
     ids = generator.generate(prompt, max_new_tokens=20).tokens
-    cache = model.new_cache(kv_format="int4", **options)
-    want = []
-    with torch.no_grad():
-        for start in range(0, len(prompt), 64):
-            logits = model(torch.tensor([prompt[start : start + 64]]), cache, last_only=True)
-        for _ in range(20):
-            want.append(int(logits[0, 0].argmax()))
-            logits = model(torch.tensor([want[-1:]]), cache, last_only=True)
+    want, _ = greedy_by_hand(model, prompt, 64, 20, kv_format="int4", **options)
     assert ids == want and generator.cache.skip_layers == (0,)
     stats = generator.cache.stats()
     assert stats["pages"] == generator.cache.pages_for([int(generator.cache.seen())])

@@ -44,3 +44,16 @@ def tiny_decoder(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -
 def tiny_folder(path: Path, **changes) -> Path:
     tiny_decoder(**changes).save(path)
     return path
+
+
+def greedy_by_hand(model, prompt, chunk, new, **options):
+    """Greedy ids from the model itself, fed chunk by chunk, over a cache of its own; ids and cache."""
+    cache = model.new_cache(**options)
+    ids = []
+    with torch.no_grad():
+        for start in range(0, len(prompt), chunk):
+            logits = model(torch.tensor([prompt[start : start + chunk]]), cache, last_only=True)
+        for _ in range(new):
+            ids.append(int(logits[0, 0].argmax()))
+            logits = model(torch.tensor([ids[-1:]]), cache, last_only=True)
+    return ids, cache
