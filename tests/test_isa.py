@@ -33,6 +33,7 @@ import lcore
 from lcore import reference
 
 print(lcore.build_info()["cpu_isa"])
+torch.manual_seed(0)
 for dtype in FLOATS:
     for head_dim in (1, 40, 111, 192):
         q, k, v = random_qkv(97, 131, heads=3, head_dim=head_dim, dtype=dtype)

@@ -173,6 +173,16 @@ def test_threads_and_batch_do_not_change_bits(threads, lengths):
             assert_same_bits(grads[name], runs[0][name][1:], name)
 
 
+def test_sums_over_channels_of_many_rows_are_held_for_a_short_time_and_have_the_same_bits():
+    arguments = {**random_scan(2 * CHUNK + 2, batch=512, dim=1, states=256), "return_final_state": True}
+    douts = [torch.randn(512, 1, 2 * CHUNK + 2), torch.randn(512, 1, 256)]
+    alone = {k: v[:1] if k in ("u", "delta", "z", "B", "C", "initial_state") else v for k, v in arguments.items()}
+    _, many = gradients(lcore.selective_scan, arguments, douts)
+    _, one = gradients(lcore.selective_scan, alone, [d[:1] for d in douts])
+    for name in ("B", "C", "u"):
+        assert_same_bits(many[name][:1], one[name], name)
+
+
 @pytest.mark.slow
 def test_a_million_steps_do_not_drift():
     """Against float64, relative to the largest value. What grows with a state's life (10 to 10,000 steps) is the

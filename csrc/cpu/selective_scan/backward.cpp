@@ -16,7 +16,9 @@ namespace lcore::cpu::LCORE_ISA {
 namespace {
 
 constexpr int64_t kBlockChannels = 64;
-constexpr int64_t kWindow = 2048;  // steps whose sums of blocks are held at once
+// Steps whose sums of blocks are held at once: as many as fit, for the passes are worth waking threads for.
+constexpr int64_t kWindow = 2048;
+constexpr int64_t kWindowBytes = int64_t{64} << 20;
 
 template <class T>
 inline constexpr int64_t kBlockLanes = kBlockChannels / kLanes<T>;
@@ -153,8 +155,10 @@ struct Job {
   int64_t per_group = lanes_a_group<T>(p);
   int64_t blocks = (per_group + kBlockLanes<T> - 1) / kBlockLanes<T>;
   Scratch carries{Carry<T>(Arena(nullptr), p.states).bytes, static_cast<int>(p.sequences.batch * p.groups * per_group)};
-  // Sums over a block's channels of dB and dC: [batch][groups][blocks][dB, dC][states][kWindow]
-  Scratch partial{bytes_of<T>(2 * p.states * kWindow), static_cast<int>(p.sequences.batch * p.groups * blocks)};
+  int64_t items = p.sequences.batch * p.groups * blocks;
+  int64_t window = std::clamp(kWindowBytes / bytes_of<T>(2 * p.states * std::max<int64_t>(items, 1)), kChunk, kWindow);
+  // Sums over a block's channels of dB and dC: [batch][groups][blocks][dB, dC][states][window]
+  Scratch partial{bytes_of<T>(2 * p.states * window), static_cast<int>(items)};
 
   Carry<T> carry(int64_t row, int64_t group, int64_t lane) const {
     return {Arena(carries.of((row * p.groups + group) * per_group + lane)), p.states};
@@ -227,7 +231,7 @@ void run_block(const Job<T>& job, int64_t first, int64_t last, int64_t item, Til
   const SelectiveScanParams& p = job.p;
   const int64_t block = item % job.blocks, group = item / job.blocks % p.groups, row = item / job.blocks / p.groups;
   const int64_t begin = block * kBlockLanes<T>, count = std::min(kBlockLanes<T>, job.per_group - begin);
-  const int64_t ld = p.states * kLanes<T>, window = job.chunks[first].begin;
+  const int64_t ld = p.states * kLanes<T>, start = job.chunks[first].begin;
   T* partial = job.partial.template of<T>(item);
   Vec<T> bounds[kBlockLanes<T>];
   for (int64_t i = 0; i < count; ++i) {
@@ -263,9 +267,9 @@ void run_block(const Job<T>& job, int64_t first, int64_t last, int64_t item, Til
         for (int k = 0; k < kCount; ++k) add_lanes<T>(carry.da + (n + k) * kLanes<T>, load(da + k * kLanes<T>));
       }
       for (int k = 0; k < kCount; ++k) {
-        T* sums = partial + (n + k) * kWindow + chunk.begin - window;
+        T* sums = partial + (n + k) * job.window + chunk.begin - start;
         sum_lanes(tiles.db + k * Tiles<T>::kTile, steps, sums);
-        sum_lanes(tiles.dc + k * Tiles<T>::kTile, steps, sums + p.states * kWindow);
+        sum_lanes(tiles.dc + k * Tiles<T>::kTile, steps, sums + p.states * job.window);
       }
     });
     for (int64_t i = 0; i < count; ++i) {
@@ -279,7 +283,9 @@ template <class T>
 void add_blocks(const Job<T>& job, int64_t begin, int steps, int64_t item, T* sums) {
   const SelectiveScanParams& p = job.p;
   const int64_t of_block = item % (2 * p.states), owner = item / (2 * p.states);
-  const auto block = [&](int64_t i) { return job.partial.template of<T>(owner * job.blocks + i) + of_block * kWindow; };
+  const auto block = [&](int64_t i) {
+    return job.partial.template of<T>(owner * job.blocks + i) + of_block * job.window;
+  };
   std::copy_n(block(0), steps, sums);
   for (int64_t i = 1; i < job.blocks; ++i) {
     const T* more = block(i);
@@ -320,7 +326,7 @@ void run(const SelectiveScanGradParams& g, Executor& executor) {
   const Scratch scratch(Tiles<T>(Arena(nullptr), p.states).bytes, executor.workers());
   for (int64_t last = static_cast<int64_t>(job.chunks.size()), first; last > 0; last = first) {
     const int64_t end = job.chunks[last - 1].begin + job.chunks[last - 1].steps;
-    for (first = last - 1; first > 0 && end - job.chunks[first - 1].begin <= kWindow;) --first;
+    for (first = last - 1; first > 0 && end - job.chunks[first - 1].begin <= job.window;) --first;
     const int64_t begin = job.chunks[first].begin;
     const auto run_item = [&](int64_t item, int worker) {
       run_block(job, first, last, item, Tiles<T>(Arena(scratch.of(worker)), p.states));
