@@ -16,6 +16,8 @@ from lcore.ops import (
     page_bounds,
     page_scores,
     rope,
+    rwkv6,
+    rwkv6_update,
     select_pages,
     ssd,
 )
@@ -39,6 +41,8 @@ __all__ = [
     "page_scores",
     "policies",
     "rope",
+    "rwkv6",
+    "rwkv6_update",
     "select_pages",
     "selection",
     "ssd",
