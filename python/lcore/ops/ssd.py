@@ -141,7 +141,7 @@ def _ssd(
         C, B, x, step * A.to(wide), None, step, None, 1.0, state, cu_seqlens, more
     )
     if D is not None:
-        out = out + x * (D if D.dim() == 2 else D[:, None]).to(wide)
+        out = out.addcmul_(x, (D if D.dim() == 2 else D[:, None]).to(wide))
     if z is not None:
         out = out * F.silu(z.to(wide))
     return out.to(x.dtype), state.transpose(-1, -2).contiguous()
