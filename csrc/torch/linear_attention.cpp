@@ -1,5 +1,5 @@
 // lcore::_linear_attention, its backward and its step for one token, on CPU tensors: what gated_linear_attention,
-// gated_delta_rule and ssd run.
+// gated_delta_rule, rwkv6 and ssd run.
 #include "core/linear_attention.h"
 
 #include <algorithm>

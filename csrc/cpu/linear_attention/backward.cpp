@@ -11,6 +11,7 @@
 #include "core/executor.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_attention/chunk.h"
+#include "cpu/linear_attention/state.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {

@@ -1,4 +1,4 @@
-"""Fake kernels and autograd of the op that gated_linear_attention, gated_delta_rule and ssd are made of."""
+"""Fake kernels and autograd of the op that gated_linear_attention, gated_delta_rule, rwkv6 and ssd run."""
 
 from __future__ import annotations
 
