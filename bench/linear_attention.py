@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from bench.shapes import DTYPES
 from bench.tables import show
 from bench.timer import median_seconds
 
-OPS = ("gla", "gla channel", "delta", "delta channel", "ssd")
+OPS = ("gla", "gla channel", "delta", "delta channel", "ssd", "rwkv6")
 LOOP_TOKENS = 2048  # a longer loop takes seconds
 
 
@@ -68,25 +67,40 @@ class Shape:
             "v": normal(*one, self.value_dim),
         }  # fmt: skip
         inputs = {name: x.to(DTYPES[self.dtype]) for name, x in inputs.items()}
-        inputs["g"] = -0.05 * normal(*(one if "channel" not in self.op else (*one, self.key_dim))).abs()
+        channels = "channel" in self.op or self.op == "rwkv6"
+        inputs["g"] = -0.05 * normal(*(one if not channels else (*one, self.key_dim))).abs()
         if self.op.startswith("delta"):
             inputs["beta"] = normal(*one).sigmoid()
+        if self.op == "rwkv6":
+            inputs["u"] = normal(self.heads, self.key_dim)
         return inputs
 
 
-def ours(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None) -> Tensor:
+def ours(
+    op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, u: Tensor | None = None
+) -> Tensor:
     if op == "ssd":  # dt = -g, A = -1
         return lcore.ssd(v, -g, -torch.ones(v.shape[2]), k, q)
+    if u is not None:
+        return lcore.rwkv6(q, k, v, g, u)
     if beta is None:
         return lcore.gated_linear_attention(q, k, v, g, scale=1.0)
     return lcore.gated_delta_rule(q, k, v, g, beta, scale=1.0)
 
 
-def theirs(by: Callable[..., Tensor], op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def theirs(
+    by: Callable[..., Tensor],
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    u: Tensor | None = None,
+) -> Tensor:
     if op == "ssd":
         v = v * -g[..., None]
-    return by(q, k, v, g, beta, 1.0)
+    return by(q, k, v, g, beta, 1.0, u)
 
 
 def timed(shape: Shape, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], object]:
@@ -99,17 +113,26 @@ def timed(shape: Shape, call: Callable[..., Tensor], inputs: dict[str, Tensor]) 
     return lambda: torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True)
 
 
+def step(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, u: Tensor | None = None
+) -> Callable[[], object]:
+    """The first token of each row; ssd's is that of gla."""
+    q, k, v, g = (x[:, 0] for x in (q, k, v, g))
+    if u is not None:
+        return lambda: lcore.rwkv6_update(state, q, k, v, g, u)
+    if beta is not None:
+        strength = beta[:, 0]
+        return lambda: lcore.gated_delta_rule_update(state, q, k, v, g, strength)
+    return lambda: lcore.gated_linear_attention_update(state, q, k, v, g)
+
+
 def measure(shape: Shape, seconds: float) -> Row:
     inputs = shape.inputs()
     peak, read = Peak("fma"), Peak("read")
     calls: dict[Any, Callable[[], object]] = {"peak": peak, "read": read}
     if shape.which == "step":
         state = torch.zeros(shape.tokens, shape.heads, shape.key_dim, shape.value_dim)
-        token = {name: x[:, 0] for name, x in inputs.items()}
-        update: Callable[..., Tensor] = lcore.gated_linear_attention_update
-        if "beta" in token:
-            update = lcore.gated_delta_rule_update
-        calls["lcore"] = partial(update, state, **token)
+        calls["lcore"] = step(state, **inputs)
     else:
         want = theirs(chunked, shape.op, **inputs)
         error = ((ours(shape.op, **inputs) - want).float().norm() / want.float().norm()).item()
@@ -143,7 +166,7 @@ def full_set() -> list[Shape]:
     sizes = ((64, 64), (128, 128))
     shapes = [Shape(which, op, "fp32", 2048, 8, *dims) for which in passes for op in OPS for dims in sizes]
     shapes += [Shape(which, op, "bf16", 2048, 8, 128, 128) for which in passes for op in OPS]
-    return shapes + [Shape("step", op, "bf16", 16, 16, 128, 128) for op in OPS[:4]]
+    return shapes + [Shape("step", op, "bf16", 64, 16, 128, 128) for op in OPS if op != "ssd"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -8,13 +8,15 @@ from torch import Tensor
 CHUNK = 64
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scale: float) -> Tensor:
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scale: float, u: Tensor | None = None
+) -> Tensor:
     """(batch, len, heads, value_dim) of tensors laid out so: batched products over all chunks, a loop over the states.
 
     g (batch, len, heads), or (batch, len, heads, key_dim): then as (Q e^c)(K e^-c)^T with c the sum of g from the
     chunk's begin, the fastest way in torch, which overflows where a chunk decays by more than e^-88 (lcore's does not).
-    With beta by the delta rule: a triangular solve a chunk. Computes in float32, whatever the inputs are; len is a
-    multiple of 64.
+    With beta by the delta rule: a triangular solve a chunk. With u RWKV-6: queries meet the state before their token.
+    Computes in float32, whatever the inputs are; len is a multiple of 64.
     """
     dtype, length = v.dtype, q.shape[1]
     # (batch, heads, chunks, 64, dim)
@@ -24,9 +26,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, sca
     total = (g if channels else g[..., None]).cumsum(3)
     grown = torch.exp(total)
     if channels:
-        q_in, k_out = q * grown, k * torch.exp(total[..., -1:, :] - total)
+        entered = grown if u is None else torch.exp(total - g)
+        q_in, k_out = q * entered, k * torch.exp(total[..., -1:, :] - total)
         against = k * torch.exp(-total)
-        scores = (q_in @ against.transpose(-1, -2)).tril()
+        scores = (q_in @ against.transpose(-1, -2)).tril(0 if u is None else -1)
+        if u is not None:
+            scores = scores + torch.diag_embed((q * k * u[:, None, None]).sum(-1))
     else:
         q_in, k_out = q * grown, k * torch.exp(total[..., -1:, :] - total)
         decay = torch.exp((total - total.transpose(-1, -2)).clamp(max=0))
@@ -49,7 +54,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, sca
     return (scale * torch.stack(outs, 2)).flatten(2, 3).transpose(1, 2).to(dtype)
 
 
-def looped(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scale: float) -> Tensor:
+def looped(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scale: float, u: Tensor | None = None
+) -> Tensor:
     """The same, token by token."""
     dtype, wide = v.dtype, [x.float() for x in (q, k, v)]
     q, k, v = wide
@@ -57,10 +64,11 @@ def looped(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, scal
     state = q.new_zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     outs = []
     for t in range(q.shape[1]):
-        state = state * decay[:, t]
+        before, state = state, state * decay[:, t]
         new = v[:, t, :, None]
         if beta is not None:
             new = beta[:, t, :, None, None] * (new - k[:, t, :, None] @ state)
         state = torch.baddbmm(state.flatten(0, 1), k[:, t].flatten(0, 1)[..., None], new.flatten(0, 1)).view_as(state)
-        outs.append(q[:, t, :, None] @ state)
+        seen = state if u is None else before + (u * k[:, t])[..., None] * new
+        outs.append(q[:, t, :, None] @ seen)
     return (scale * torch.stack(outs, 1)[..., 0, :]).to(dtype)

@@ -102,7 +102,7 @@ def free(monkeypatch):
     monkeypatch.setattr(planner, "_LEFT_ALONE", 0)
 
     def set_free(count):
-        for module in ("generator", "planner"):
+        for module in ("caches", "planner"):
             monkeypatch.setattr(f"lcore.generation.{module}.free_bytes", lambda device: count)
 
     return set_free

@@ -19,8 +19,10 @@ struct LinearAttentionParams {
   DType beta_type;
   Strided beta;  // (batch, seq, heads), or data nullptr: the delta rule's strength of writing
   DType weight_type;
-  Strided weight;  // (batch, seq, heads), or data nullptr: factor of v
-  double scale;    // of q
+  Strided weight;     // (batch, seq, heads), or data nullptr: factor of v
+  const void* bonus;  // (heads, key_dim) contiguous, or nullptr; float, or double when type is float64. With it a query
+                      // meets the state before its token, undecayed, and its own key times bonus
+  double scale;       // of q
 
   const void* initial_state;  // (batch, heads, key_dim, value_dim) contiguous, or nullptr
   void* final_state;          // the same; float, or double when type is float64
@@ -46,6 +48,7 @@ struct LinearAttentionGradParams {
   void* dg;
   void* dbeta;           // nullptr without beta
   void* dweight;         // nullptr without weight
+  void* dbonus;          // (batch, heads, key_dim) of the states' type; nullptr without bonus
   void* dinitial_state;  // as initial_state, or nullptr
   // Where heads share q and k: (batch, seq, heads / heads_together, key_dim) of the states' type, to be added up.
   void* dq_of_heads;

@@ -1,5 +1,5 @@
 // lcore::_linear_attention, its backward and its step for one token, on CPU tensors: what gated_linear_attention,
-// gated_delta_rule and ssd run.
+// gated_delta_rule, rwkv6 and ssd run.
 #include "core/linear_attention.h"
 
 #include <algorithm>
@@ -54,8 +54,9 @@ const void* state_data(const char* name, const OptionalTensor& state, const Tens
 }
 
 LinearAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
-                             const OptionalTensor& beta, const OptionalTensor& weight, double scale,
-                             const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool wide) {
+                             const OptionalTensor& beta, const OptionalTensor& weight, const OptionalTensor& bonus,
+                             double scale, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                             bool wide) {
   const bool packed = cu_seqlens.has_value();
   const int64_t rank = packed ? 3 : 4;
   require(q.is_cpu() && k.is_cpu() && v.is_cpu() && q.dim() == rank && k.dim() == rank && v.dim() == rank, kOp,
@@ -92,6 +93,12 @@ LinearAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, 
     p.weight_type = dtype_of(*weight);
     p.weight = numbers("weight", *weight, p, packed, false);
   }
+  if (bonus.has_value()) {
+    require(bonus->is_cpu() && bonus->is_contiguous() && bonus->scalar_type() == state_type(q) && bonus->dim() == 2 &&
+                bonus->size(0) == p.heads && bonus->size(1) == p.key_dim,
+            kOp, "bonus must be contiguous of shape (heads, key_dim), got " + shape_text(*bonus));
+    p.bonus = bonus->data_ptr();
+  }
   p.scale = scale;
   p.initial_state = state_data("initial_state", initial_state, q, p);
   p.out_type = wide && p.type != DType::kFloat64 ? DType::kFloat32 : p.type;
@@ -108,9 +115,9 @@ Tensor new_rows(const Tensor& like, bool loose, std::optional<ScalarType> type =
 }
 
 std::tuple<Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v, Tensor g, OptionalTensor beta,
-                                            OptionalTensor weight, double scale, OptionalTensor initial_state,
-                                            OptionalTensor cu_seqlens, bool wide) {
-  LinearAttentionParams p = params(q, k, v, g, beta, weight, scale, initial_state, cu_seqlens, wide);
+                                            OptionalTensor weight, OptionalTensor bonus, double scale,
+                                            OptionalTensor initial_state, OptionalTensor cu_seqlens, bool wide) {
+  LinearAttentionParams p = params(q, k, v, g, beta, weight, bonus, scale, initial_state, cu_seqlens, wide);
   Tensor out = new_rows(v, cu_seqlens.has_value(), wide ? state_type(q) : v.scalar_type());
   Tensor state = new_tensor(q, {p.batch, p.heads, p.key_dim, p.value_dim}, state_type(q));
   p.out = out.data_ptr();
@@ -120,11 +127,13 @@ std::tuple<Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v, Tensor
   return {out, state};
 }
 
-// Gradients that were not asked for, of beta, weight and the initial state, are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
+// Gradients of what there is none of, beta, weight, bonus and the initial state, are empty; that of bonus has a row for
+// each sequence.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
     Tensor dout, OptionalTensor dstate, Tensor q, Tensor k, Tensor v, Tensor g, OptionalTensor beta,
-    OptionalTensor weight, double scale, OptionalTensor initial_state, OptionalTensor cu_seqlens, bool wide) {
-  const LinearAttentionParams p = params(q, k, v, g, beta, weight, scale, initial_state, cu_seqlens, wide);
+    OptionalTensor weight, OptionalTensor bonus, double scale, OptionalTensor initial_state, OptionalTensor cu_seqlens,
+    bool wide) {
+  const LinearAttentionParams p = params(q, k, v, g, beta, weight, bonus, scale, initial_state, cu_seqlens, wide);
   require(dout.is_cpu() && std::equal(dout.sizes().begin(), dout.sizes().end(), v.sizes().begin(), v.sizes().end()) &&
               dtype_of(dout) == p.out_type,
           kOp, "dout must have the shape and dtype of out, got " + shape_text(dout));
@@ -134,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
     return t.has_value() ? new_rows(*t, loose) : new_tensor(q, {0});
   };
   Tensor dbeta = optional_rows(beta), dweight = optional_rows(weight);
+  Tensor dbonus = new_tensor(q, {bonus.has_value() ? p.batch : 0, p.heads, p.key_dim}, state_type(q));
   Tensor dinitial = initial_state.has_value() ? new_rows(*initial_state, false) : new_tensor(q, {0}, state_type(q));
   LinearAttentionGradParams grads{};
   grads.forward = p;
@@ -145,6 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   grads.dg = dg.data_ptr();
   if (beta.has_value()) grads.dbeta = dbeta.data_ptr();
   if (weight.has_value()) grads.dweight = dweight.data_ptr();
+  if (bonus.has_value()) grads.dbonus = dbonus.data_ptr();
   if (initial_state.has_value()) grads.dinitial_state = dinitial.data_ptr();
   const int64_t tokens = p.seq * (loose ? 1 : p.batch);
   const int64_t shared = p.heads == p.qk_heads ? 0 : tokens * p.heads / heads_together(p) * p.key_dim;
@@ -153,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attent
   grads.dk_of_heads = dk_of_heads.data_ptr();
   TorchExecutor executor;
   cpu::kernels().linear_attention_backward(grads, executor);
-  return {dq, dk, dv, dg, dbeta, dweight, dinitial};
+  return {dq, dk, dv, dg, dbeta, dweight, dbonus, dinitial};
 }
 
 // A token's tensor (batch, heads[, dim]) with a dimension of 1 for the sequence.
@@ -161,11 +172,12 @@ Tensor with_seq(const Tensor& t) { return torch::stable::unsqueeze(t, 1); }
 OptionalTensor with_seq(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(with_seq(*t)) : t; }
 
 Tensor linear_attention_update(Tensor state, Tensor q, Tensor k, Tensor v, Tensor g, OptionalTensor beta,
-                               OptionalTensor weight, double scale, OptionalTensor state_indices, bool wide) {
+                               OptionalTensor weight, OptionalTensor bonus, double scale, OptionalTensor state_indices,
+                               bool wide) {
   require(q.dim() == 3, kOp, "q must have shape (batch, qk_heads, key_dim), got " + shape_text(q));
   const Tensor q1 = with_seq(q), k1 = with_seq(k), v1 = with_seq(v), g1 = with_seq(g);
   const OptionalTensor beta1 = with_seq(beta), weight1 = with_seq(weight);
-  LinearAttentionStepParams step{params(q1, k1, v1, g1, beta1, weight1, scale, {}, {}, wide), state.data_ptr(),
+  LinearAttentionStepParams step{params(q1, k1, v1, g1, beta1, weight1, bonus, scale, {}, {}, wide), state.data_ptr(),
                                  nullptr};
   LinearAttentionParams& p = step.token;
   require(state.is_cpu() && state.is_contiguous() && state.dim() == 4 && state.scalar_type() == state_type(q) &&
@@ -197,14 +209,17 @@ Tensor linear_attention_update(Tensor state, Tensor q, Tensor k, Tensor v, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
-      "_linear_attention(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor? weight, float scale,"
+      "_linear_attention(Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor? weight, Tensor? bonus, float "
+      "scale,"
       " Tensor? initial_state, Tensor? cu_seqlens, bool wide) -> (Tensor out, Tensor final_state)");
   m.def(
       "_linear_attention_backward(Tensor dout, Tensor? dstate, Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta,"
-      " Tensor? weight, float scale, Tensor? initial_state, Tensor? cu_seqlens, bool wide)"
-      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dweight, Tensor dinitial_state)");
+      " Tensor? weight, Tensor? bonus, float scale, Tensor? initial_state, Tensor? cu_seqlens, bool wide)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor dweight, Tensor dbonus, Tensor "
+      "dinitial_state)");
   m.def(
-      "_linear_attention_update(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor? weight,"
+      "_linear_attention_update(Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor g, Tensor? beta, Tensor? "
+      "weight, Tensor? bonus,"
       " float scale, Tensor? state_indices, bool wide) -> Tensor");
 }
 

@@ -30,6 +30,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "page_bounds_paged": ("cpu",),
     "page_scores": ("cpu",),
     "rope": ("cpu",),
+    "rwkv6": ("cpu",),
+    "rwkv6_update": ("cpu",),
     "select_pages": ("cpu",),
     "selective_scan": ("cpu",),
     "selective_state_update": ("cpu",),

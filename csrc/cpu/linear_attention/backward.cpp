@@ -6,9 +6,12 @@
 // The delta rule solved (I + L) V = beta R with R = V0 - K_in S, so Y = (I + L)^-T dV, dbeta R = Y, dL = -lower(Y V^T).
 // A token's log-decay receives what crosses it: pairs on both sides of it, and what enters or leaves the chunk past it.
 // States are kept for 64 chunks at a time, and one for each 64 chunks before: 64 + length / 4096 of them.
+#include <utility>
+
 #include "core/executor.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_attention/chunk.h"
+#include "cpu/linear_attention/state.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
@@ -36,6 +39,7 @@ struct Buffers {
   T* through;  // [tokens][ld]: what comes through the state
   T* dg;       // [tokens][ld], or [tokens]
   T* dbeta;    // [tokens]
+  T* dbonus;   // [ld]
   T* row;      // [max(ld, ld_v)]
 
   Buffers(const LinearAttentionParams& p, int64_t longest, Arena& arena) : chunk(p, p.value_dim, arena) {
@@ -51,6 +55,7 @@ struct Buffers {
     for (T** tile : {&dq, &dk, &through}) *tile = arena.take<T>(kChunk * ld);
     dg = arena.take<T>(kChannel ? kChunk * ld : kChunk);
     dbeta = arena.take<T>(kChunk);
+    dbonus = arena.take<T>(ld);
     row = arena.take<T>(std::max(ld, ld_v));
   }
 };
@@ -72,6 +77,7 @@ class HeadGradients {
       for (int64_t c = s * kSegment; c < (s + 1) * kSegment; ++c) step_right(c);
     }
     start_dstate();
+    std::fill(b_.dbonus, b_.dbonus + chunk_.ld, T{0});
     for (int64_t s = segments - 1; s >= 0; --s) {
       const int64_t first = s * kSegment, last = std::min(first + kSegment, chunks);
       std::copy(b_.segments + s * b_.state_size, b_.segments + (s + 1) * b_.state_size, b_.state);
@@ -80,6 +86,10 @@ class HeadGradients {
         if (c + 1 < last) step_right(c);
       }
       for (int64_t c = last - 1; c >= first; --c) step_left(c, b_.states + (c - first) * b_.state_size);
+    }
+    if (g_.dbonus != nullptr) {
+      const int64_t index = (item_.sequence * p_.heads + item_.head) * p_.key_dim;
+      std::copy(b_.dbonus, b_.dbonus + p_.key_dim, static_cast<T*>(g_.dbonus) + index);
     }
     if (g_.dinitial_state != nullptr) store_state(p_, item_, b_.dstate, b_.row, g_.dinitial_state);
   }
@@ -117,10 +127,13 @@ class HeadGradients {
     add_leaving(state);
     // Through the state before it: dQ = G S^T, decayed.
     through_state(state, b_.dout, b_.dq);
-    chunk_.decay.apply(chunk_.decay.prefix, b_.dq, n, b_.dq);
-    add_entering(chunk_.q, b_.dq);
-    pair_gradients(chunk_.decay, chunk_.q, chunk_.k, chunk_.scores, n, p_.key_dim, chunk_.pairs, b_.dscores, b_.dq,
-                   b_.dk, b_.dg);
+    const int late = chunk_.late();
+    T *const q = chunk_.q + late * ld, *const dq = b_.dq + late * ld;
+    chunk_.decay.apply(chunk_.decay.prefix, dq, n - late, dq);
+    add_entering(q, dq, n - late);
+    if (late != 0) add_own_gradients();
+    pair_gradients(chunk_.decay, q, chunk_.k, chunk_.scores + late * kChunk, n - late, p_.key_dim, chunk_.pairs,
+                   b_.dscores + late * kChunk, dq, b_.dk, b_.dg);
     gemm_to_panels<M, Accumulate::kScaleAndAdd>({chunk_.q_in, 1, ld}, b_.dout_panels, n, b_.dstate, p_.key_dim,
                                                 p_.key_dim, ld_v, chunk_.total);
     if (chunk_.has_beta()) delta_gradients(state);
@@ -160,11 +173,11 @@ class HeadGradients {
   }
 
   // dg_t += sum of x_i dx_i over i >= t: what comes from the state before the chunk passes every token up to i.
-  void add_entering(const T* x, const T* dx) {
+  void add_entering(const T* x, const T* dx, int n) {
     const int ld = chunk_.ld;
     for (int c = 0; c < ld; c += kLanes<T>) {
       Vec<T> sum{};
-      for (int t = chunk_.n - 1; t >= 0; --t) {
+      for (int t = n - 1; t >= 0; --t) {
         sum += load(x + t * ld + c) * load(dx + t * ld + c);
         add_to_dg(t, sum, c);
       }
@@ -187,6 +200,21 @@ class HeadGradients {
       for (int t = 0; t < chunk_.n; ++t) {
         add_to_dg(t, sum, c);
         sum += load(chunk_.k + t * ld + c) * load(b_.dk + t * ld + c);
+      }
+    }
+  }
+
+  // Of the scores with their own keys, which then are out of the way.
+  void add_own_gradients() {
+    const int ld = chunk_.ld;
+    for (int t = 0; t < chunk_.n; ++t) {
+      const T own = std::exchange(b_.dscores[t * kChunk + t], T{0});
+      for (int c = 0; c < ld; c += kLanes<T>) {
+        const int at = t * ld + c;
+        const Vec<T> q = load(chunk_.q + at), k = load(chunk_.k + at), u = load(chunk_.bonus + c);
+        store(b_.dq + at, load(b_.dq + at) + own * u * k);
+        store(b_.dk + at, load(b_.dk + at) + own * u * q);
+        store(b_.dbonus + c, load(b_.dbonus + c) + own * q * k);
       }
     }
   }
@@ -223,7 +251,7 @@ class HeadGradients {
     }
     through_state(state, b_.rows_v, b_.through);
     chunk_.decay.apply(chunk_.decay.prefix, b_.through, n, b_.through);
-    add_entering(chunk_.k, b_.through);
+    add_entering(chunk_.k, b_.through, n);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dk + i, load(b_.dk + i) + load(b_.through + i));
     gemm_to_panels<M, Accumulate::kAdd>({chunk_.minus_k_in, 1, ld}, b_.dvalues, n, b_.dstate, p_.key_dim, p_.key_dim,
                                         ld_v);

@@ -28,6 +28,7 @@ struct Chunk {
   T* residual;  // panels: v minus what k finds in the state; with beta
   T* beta;      // [tokens]
   T* weight;    // [tokens]
+  T* bonus;     // [ld]: the head's; with bonus
   T* total;     // [ld]: decay of the chunk
   int n = 0;
 
@@ -39,6 +40,7 @@ struct Chunk {
     values = arena.take<T>(kChunk * ld_v);
     total = arena.take<T>(ld);
     weight = arena.take<T>(kChunk);
+    bonus = arena.take<T>(ld);
     if (!has_beta()) return;
     minus_k_in = arena.take<T>(kChunk * ld);
     overlap = arena.take<T>(kChunk * kChunk);
@@ -48,6 +50,9 @@ struct Chunk {
   }
 
   bool has_beta() const { return p.beta.data != nullptr; }
+  // Queries meet the state of this many tokens before: with bonus that before their own token. Row i then has the
+  // decays of row i - 1, and its own key stands apart.
+  int late() const { return p.bonus != nullptr ? 1 : 0; }
 
   // Decay and keys of a chunk.
   void load_keys(const LinearItem& item, int64_t index) {
@@ -94,8 +99,23 @@ struct Chunk {
     prefetch_next_chunk(queries, p.key_dim);
     const T scale = static_cast<T>(p.scale);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(q + i, load(q + i) * scale);
-    decay.apply(decay.prefix, q, n, q_in);
-    pair_scores(decay, q, k, n, p.key_dim, pairs, scores);
+    const int first = late();
+    std::copy(q, q + first * ld, q_in);
+    decay.apply(decay.prefix, q + first * ld, n - first, q_in + first * ld);
+    std::fill(scores, scores + first * kChunk, T{0});
+    pair_scores(decay, q + first * ld, k, n - first, p.key_dim, pairs, scores + first * kChunk);
+    if (p.bonus != nullptr) add_own_keys(item);
+  }
+
+  // Scores of queries and the keys of their own tokens, which decays do not touch.
+  void add_own_keys(const LinearItem& item) {
+    const T* row = static_cast<const T*>(p.bonus) + item.head * p.key_dim;
+    std::fill(std::copy(row, row + p.key_dim, bonus), bonus + ld, T{0});
+    for (int t = 0; t < n; ++t) {
+      Vec<T> sum{};
+      for (int c = 0; c < ld; c += kLanes<T>) sum += load(q + t * ld + c) * load(bonus + c) * load(k + t * ld + c);
+      scores[t * kChunk + t] = reduce_add<T>(sum);
+    }
   }
 
   // The state behind the chunk, in place of that before it.
@@ -110,27 +130,5 @@ struct Chunk {
     }
   }
 };
-
-// The state before the first token of an item, in panels.
-template <class T>
-void first_state(const LinearAttentionParams& p, const LinearItem& item, T* state) {
-  const int cols = round_up_lanes<T>(item.columns);
-  if (p.initial_state == nullptr) {
-    std::fill(state, state + int64_t{p.key_dim} * cols, T{0});
-    return;
-  }
-  const int64_t index = (item.sequence * p.heads + item.head) * p.key_dim * p.value_dim + item.column;
-  state_to_panels(static_cast<const T*>(p.initial_state) + index, p.value_dim, p.key_dim, item.columns, state);
-}
-
-// A state in panels to its place in `states`, (sequences, heads, key_dim, value_dim).
-template <class T>
-void store_state(const LinearAttentionParams& p, const LinearItem& item, T* state, T* row, void* states) {
-  const int64_t index = (item.sequence * p.heads + item.head) * p.key_dim * p.value_dim + item.column;
-  for (int d = 0; d < p.key_dim; ++d) {
-    row_from_panels(state, p.key_dim, round_up_lanes<T>(item.columns), d, row);
-    std::copy(row, row + item.columns, static_cast<T*>(states) + index + int64_t{d} * p.value_dim);
-  }
-}
 
 }  // namespace lcore::cpu::LCORE_ISA

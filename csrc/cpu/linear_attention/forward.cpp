@@ -1,14 +1,15 @@
 // Linear attention with decay, forward: S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t (Yang et al.
 // 2023, GLA; Sun et al. 2023, RetNet; Dao and Gu 2024, Mamba-2), and the gated delta rule (Yang et al. 2024), which
-// writes beta_t (v_t - S^T k_t) for v_t. By chunks of 64 tokens: between chunks a state, inside a chunk matrix
-// products,
+// writes beta_t (v_t - S^T k_t) for v_t. By chunks of 64 tokens, between chunks a state, inside a chunk products:
 //   O = (Q decayed from the start) S + lower(Q K^T, decayed) V,   S <- decay S + (K decayed to the end)^T V,
 // where the delta rule first solves (I + lower(beta K K^T)) V' = beta (V - (K decayed from the start) S) and goes on
-// with V'. One item is a head of a sequence, chunks in order; where there are fewer items than workers, columns of V
-// are shared out, each of which has a state of its own.
+// with V'. RWKV-6 reads S_{t-1} + diag(u) k_t v_t^T: Q has the decays of a row before, and u is on the diagonal. One
+// item is a head of a sequence, chunks in order; where there are fewer items than workers, columns of V are shared
+// out, each of which has a state of its own.
 #include "core/executor.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_attention/chunk.h"
+#include "cpu/linear_attention/state.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {

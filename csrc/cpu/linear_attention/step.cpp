@@ -70,6 +70,14 @@ void run_head(const LinearAttentionParams& p, int64_t batch, int64_t head, const
     const T decay = b.decay[d], key = b.k[d], query = b.q[d] * static_cast<T>(p.scale);
     T* __restrict out = b.out;
     const T* __restrict v = b.v;
+    if (p.bonus != nullptr) {  // the state before the token, and its own key
+      const T own = query * key * static_cast<const T*>(p.bonus)[head * p.key_dim + d];
+      for (int c = 0; c < p.value_dim; ++c) {
+        out[c] += query * row[c] + own * v[c];
+        row[c] = row[c] * decay + key * v[c];
+      }
+      continue;
+    }
     for (int c = 0; c < p.value_dim; ++c) {
       const T s = row[c] * decay + key * v[c];
       row[c] = s;

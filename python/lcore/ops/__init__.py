@@ -11,6 +11,7 @@ from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
 from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
+from lcore.ops.rwkv6 import rwkv6, rwkv6_update
 from lcore.ops.select_pages import select_pages
 from lcore.ops.selective_scan import selective_scan
 from lcore.ops.selective_state_update import selective_state_update
@@ -31,6 +32,8 @@ __all__ = [
     "page_bounds",
     "page_scores",
     "rope",
+    "rwkv6",
+    "rwkv6_update",
     "select_pages",
     "selective_scan",
     "selective_state_update",

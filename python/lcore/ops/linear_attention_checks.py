@@ -73,14 +73,23 @@ def check_state(name: str, argument: str, state: Any, x: Tensor, shape: tuple[An
     check_tensor(name, argument, state, dtypes=(state_dtype(x),), device=x.device, shape=shape, names=names)
 
 
-def check_update(name: str, state: Any, q: Any, k: Any, v: Any, state_indices: Tensor | None) -> None:
+def check_update(
+    name: str,
+    state: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    state_indices: Tensor | None,
+    *,
+    names: tuple[str, ...] = ("q", "k", "v"),
+) -> None:
     """One token of each row: q and k (batch, heads, key_dim), v (batch, heads_v, value_dim), and the states."""
-    check_tensor(name, "q", q, shape=("*", "*", "*"), names="batch, heads, key_dim")
+    check_tensor(name, names[0], q, shape=("*", "*", "*"), names="batch, heads, key_dim")
     check_kernel(name, q)
     check = partial(check_tensor, name, dtypes=(q.dtype,), device=q.device)
-    check("k", k, shape=q.shape, names="batch, heads, key_dim")
-    check("v", v, shape=(q.shape[0], "*", "*"), names="batch, heads_v, value_dim")
-    check_heads(name, q, v)
+    check(names[1], k, shape=q.shape, names="batch, heads, key_dim")
+    check(names[2], v, shape=(q.shape[0], "*", "*"), names="batch, heads_v, value_dim")
+    check_heads(name, q, v, names=names)
     slots = "*" if state_indices is not None else q.shape[0]
     shape = (slots, v.shape[1], q.shape[2], v.shape[2])
     check_state(name, "state", state, q, shape, "slots, heads_v, key_dim, value_dim")

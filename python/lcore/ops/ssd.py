@@ -137,9 +137,11 @@ def _ssd(
     step = step.clamp(low, high)
     state = None if initial_state is None else initial_state.transpose(-1, -2).contiguous()
     more = D is not None or z is not None
-    out, state = torch.ops.lcore._linear_attention(C, B, x, step * A.to(wide), None, step, 1.0, state, cu_seqlens, more)
+    out, state = torch.ops.lcore._linear_attention(
+        C, B, x, step * A.to(wide), None, step, None, 1.0, state, cu_seqlens, more
+    )
     if D is not None:
-        out = out + x * (D if D.dim() == 2 else D[:, None]).to(wide)
+        out = out.addcmul_(x, (D if D.dim() == 2 else D[:, None]).to(wide))
     if z is not None:
         out = out * F.silu(z.to(wide))
     return out.to(x.dtype), state.transpose(-1, -2).contiguous()

@@ -9,6 +9,7 @@ from lcore.reference.key_mass import key_mass
 from lcore.reference.merge_states import merge_states
 from lcore.reference.page_bounds import page_bounds, page_scores
 from lcore.reference.rope import rope
+from lcore.reference.rwkv6 import rwkv6
 from lcore.reference.select_pages import select_pages
 from lcore.reference.selective_scan import selective_scan
 from lcore.reference.ssd import ssd
@@ -24,6 +25,7 @@ __all__ = [
     "page_bounds",
     "page_scores",
     "rope",
+    "rwkv6",
     "select_pages",
     "selective_scan",
     "ssd",

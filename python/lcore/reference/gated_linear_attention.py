@@ -33,11 +33,13 @@ def recurrence(
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and final state of every sequence; with beta by the delta rule. Differentiable any number of times.
 
     Formula: S_t = diag(e^g_t) S_(t-1) + k_t w_t^T, out_t = scale q_t^T S_t; w_t = v_t, or with beta
-        w_t = beta_t (v_t - (diag(e^g_t) S_(t-1))^T k_t).
+        w_t = beta_t (v_t - (diag(e^g_t) S_(t-1))^T k_t); with bonus
+        out_t = scale q_t^T (S_(t-1) + diag(bonus) k_t w_t^T).
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     work = torch.promote_types(q.dtype, torch.float32)
@@ -49,14 +51,14 @@ def recurrence(
         wide.append(beta.to(work))
     if cu_seqlens is None:
         state = _first_state(initial_state, q.shape[0], heads, q, v, work)
-        out, state = _run(*wide, state=state, scale=scale)
+        out, state = _run(*wide, state=state, scale=scale, bonus=bonus)
         return out.to(v.dtype), state
     ends = cu_seqlens.tolist()
     state = _first_state(initial_state, len(ends) - 1, heads, q, v, work)
     outs, states = [], []
     for i in range(len(ends) - 1):
         one = [x[ends[i] : ends[i + 1]][None] for x in wide]
-        out, last = _run(*one, state=state[i : i + 1], scale=scale)
+        out, last = _run(*one, state=state[i : i + 1], scale=scale, bonus=bonus)
         outs.append(out[0])
         states.append(last)
     loose = v.new_zeros((v.shape[0] - ends[-1], *v.shape[1:]), dtype=work)  # tokens behind the last sequence
@@ -68,16 +70,26 @@ def _first_state(state: Tensor | None, batch: int, heads: int, q: Tensor, v: Ten
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, *, state: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    *,
+    state: Tensor,
+    scale: float,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(batch, len, heads, value_dim) and the state behind the last token."""
     outs = []
     decay = torch.exp(g if g.dim() == 4 else g[..., None])[..., None]
     for t in range(q.shape[1]):
+        before = state
         state = decay[:, t] * state
         new = v[:, t]
         if beta is not None:
             new = beta[:, t, :, None] * (new - (k[:, t, :, None] @ state)[..., 0, :])
         state = state + k[:, t, :, :, None] * new[..., None, :]
-        outs.append(scale * (q[:, t, :, None] @ state)[..., 0, :])
+        seen = state if bonus is None else before + (bonus.to(k.dtype) * k[:, t])[..., None] * new[..., None, :]
+        outs.append(scale * (q[:, t, :, None] @ seen)[..., 0, :])
     return (torch.stack(outs, 1) if outs else v.new_zeros(v.shape)), state
