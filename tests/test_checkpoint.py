@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import lcore
 
-SUPPORTED = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+SUPPORTED = (
+    "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MambaForCausalLM, "
+    "FalconMambaForCausalLM, Mamba2ForCausalLM"
+)
 
 
 @pytest.fixture
