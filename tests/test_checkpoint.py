@@ -74,9 +74,9 @@ def test_config_missing_or_broken(folder):
     ("changes", "error", "text"),
     [
         (
-            {"architectures": ["MambaForCausalLM"]},
+            {"architectures": ["GemmaForCausalLM"]},
             NotImplementedError,
-            f"architecture must be one of {SUPPORTED}, got MambaForCausalLM",
+            f"architecture must be one of {SUPPORTED}, got GemmaForCausalLM",
         ),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
