@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import lcore
 
-SUPPORTED = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+SUPPORTED = (
+    "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MambaForCausalLM, "
+    "FalconMambaForCausalLM, Mamba2ForCausalLM"
+)
 
 
 @pytest.fixture
@@ -71,9 +74,9 @@ def test_config_missing_or_broken(folder):
     ("changes", "error", "text"),
     [
         (
-            {"architectures": ["MambaForCausalLM"]},
+            {"architectures": ["GemmaForCausalLM"]},
             NotImplementedError,
-            f"architecture must be one of {SUPPORTED}, got MambaForCausalLM",
+            f"architecture must be one of {SUPPORTED}, got GemmaForCausalLM",
         ),
         (
             {"architectures": ["LlamaForSequenceClassification"]},

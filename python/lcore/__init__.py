@@ -1,6 +1,6 @@
 """lcore: the long-context core for PyTorch."""
 
-from lcore.cache import PagedCache, PrefixCache, policies, selection
+from lcore.cache import PagedCache, PrefixCache, StateCache, policies, selection
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
@@ -31,6 +31,7 @@ __all__ = [
     "Generator",
     "PagedCache",
     "PrefixCache",
+    "StateCache",
     "attention",
     "build_info",
     "causal_conv1d",

@@ -1,8 +1,10 @@
-"""Paged KV caches: pages of one pool, the formats they are stored in, forks and equal texts that share them, files."""
+"""Paged KV caches: pages of one pool, the formats they are stored in, forks and equal texts that share them, files.
+The states of recurrent layers."""
 
 from lcore.cache import policies, selection
 from lcore.cache.paged import PagedCache
 from lcore.cache.prefix import PrefixCache
+from lcore.cache.states import LayerState, StateCache
 from lcore.cache.stored_session import StoredSession
 
-__all__ = ["PagedCache", "PrefixCache", "StoredSession", "policies", "selection"]
+__all__ = ["LayerState", "PagedCache", "PrefixCache", "StateCache", "StoredSession", "policies", "selection"]

@@ -23,7 +23,9 @@ from lcore.generation.prompts import Prompt, encode_prompts, is_batch
 from lcore.generation.resume import Session
 from lcore.generation.sampling import Sampling, check_int
 from lcore.generation.speculation import Speculate, Speculation, speculation_of
+from lcore.generation.states import StateCaches
 from lcore.generation.text import CONTEXT, TextStream
+from lcore.models.mamba import MambaDecoder
 
 if TYPE_CHECKING:
     from lcore.models import Decoder
@@ -42,7 +44,8 @@ class Completion:
 class Generator:
     """Generates text with a model over a paged cache.
 
-    model:          a decoder as `lcore.load_model` returns it.
+    model:          a decoder as `lcore.load_model` returns it. A MambaDecoder has a StateCache, of the settings
+                    below only prefill_chunk, and no session.
     kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
     policy:         which tokens its caches keep, one of `lcore.policies` or one's own; None keeps all. After the prompt
@@ -74,7 +77,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | MambaDecoder,
         kv_format: str | tuple[str, str] | None = None,
         prefill_chunk: int = 2048,
         policy: Policy | None = None,
@@ -88,7 +91,7 @@ class Generator:
         overflow: Folder = None,
     ) -> None:
         check_int("prefill_chunk", prefill_chunk, at_least=1)
-        self.model = model
+        self.model: Any = model
         self.prefill_chunk = prefill_chunk
         self.cache: PagedCache | None = None
         self.speculate = speculation_of(speculate)
@@ -96,7 +99,8 @@ class Generator:
         require(self.speculate is None or policy is None, "Generator", "speculate", rule, repr(speculate))
         rule = "be None with a selection, which reads other pages for several tokens than for one"
         require(self.speculate is None or select is None, "Generator", "speculate", rule, repr(speculate))
-        self._caches = Caches(
+        caches: Any = StateCaches if isinstance(model, MambaDecoder) else Caches
+        self._caches: Caches = caches(
             model,
             kv_format,
             prefill_chunk,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
 from lcore.generation.memory import peak_bytes
 from lcore.generation.progress import Clock, causal_pairs
-from lcore.generation.rows import ActiveRows
+from lcore.generation.rows import active_rows
 from lcore.generation.sampling import Sampling, sample
 from lcore.generation.text import TextStream
 
@@ -239,7 +239,7 @@ class Loop:
         index, parts = list(tokens), list(tokens.values())
         lengths = torch.tensor([len(part) for part in parts])
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        cache = self._cache if len(index) == len(self._rows) else cast("PagedCache", ActiveRows(self._cache, index))
+        cache = self._cache if len(index) == len(self._rows) else active_rows(self._cache, index)
         ragged = int(lengths.min()) < padded.shape[1]
         try:
             with torch.no_grad():

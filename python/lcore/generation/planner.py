@@ -20,7 +20,7 @@ from lcore.cache.checks import MAX_TOKENS
 from lcore.cache.formats import FORMATS, is_coded
 from lcore.errors import dtype_name, require
 from lcore.generation.memory import free_bytes, workspace_bytes
-from lcore.models.loading import open_checkpoint
+from lcore.models.loading import open_decoder
 
 if TYPE_CHECKING:
     from lcore.models import Decoder, ModelConfig
@@ -184,8 +184,8 @@ def folder_planner(
     folder: Path, dtype: torch.dtype | None, batch: int, prefill_chunk: int, overflow: str | None = None
 ) -> Planner:
     """For a checkpoint folder, of which only the headers are read."""
-    model, checkpoint = open_checkpoint(folder)
-    config, stored = model.config, checkpoint.dtypes["model.embed_tokens.weight"] if dtype is None else dtype
+    model, checkpoint = open_decoder(folder)
+    config, stored = model.config, checkpoint.dtypes[model.embedding_name] if dtype is None else dtype
     weights = sum(parameter.numel() for parameter in model.parameters()) * stored.itemsize
 
     def new_cache(kv_format: KvFormat) -> PagedCache:

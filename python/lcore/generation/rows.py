@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lcore.cache import StateCache
+
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.positions import Rotation
@@ -48,3 +50,8 @@ class ActiveRows:
         whole = torch.zeros(self._cache.batch_size, dtype=torch.int64)
         whole[self._index] = x.shape[1] if lengths is None else lengths.to(whole.dtype)
         return whole
+
+
+def active_rows(cache: PagedCache, index: Sequence[int]) -> Any:
+    """The rows `index` of a cache of either kind, as what a model needs of one."""
+    return cache.rows(torch.tensor(index)) if isinstance(cache, StateCache) else ActiveRows(cache, index)

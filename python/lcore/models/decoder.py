@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 from lcore.cache import PagedCache
-from lcore.errors import check_tensor, message, require
+from lcore.errors import message
+from lcore.models.causal_lm import CausalLM
 from lcore.models.config import ModelConfig
 from lcore.models.tokenizer import Tokenizer
 from lcore.nn import Attention, GatedMLP, Linear, RMSNorm
@@ -71,7 +71,7 @@ class Backbone(torch.nn.Module):
         return self.norm(x)
 
 
-class Decoder(torch.nn.Module):
+class Decoder(CausalLM):
     """A causal language model; `load_model` reads one from a folder, `Decoder(config)` starts one at random.
 
     Args:
@@ -79,6 +79,9 @@ class Decoder(torch.nn.Module):
         dtype, device: of the parameters.
         tokenizer: kept as `model.tokenizer` and saved with the model.
     """
+
+    config: ModelConfig
+    embedding_name = "model.embed_tokens.weight"
 
     def __init__(
         self,
@@ -99,19 +102,6 @@ class Decoder(torch.nn.Module):
         if torch.device(device).type != "meta":
             self.to(device)
             self._initialize()
-
-    def tie_weights(self) -> None:
-        """Makes the output projection share the embedding's parameter, where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.weight.device
 
     def new_cache(self, batch_size: int = 1, **options: Any) -> PagedCache:
         """An empty PagedCache with this model's layers and heads.
@@ -163,9 +153,7 @@ class Decoder(torch.nn.Module):
         tokens, lengths = self._checked(tokens, cache, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             x = self._features(tokens, cache, lengths, positions)
-            if last_only:
-                x = _last(x, lengths)
-            return self.lm_head(x).float()
+            return self._logits(x, lengths, last_only)
 
     def features(
         self,
@@ -179,16 +167,6 @@ class Decoder(torch.nn.Module):
         tokens, lengths = self._checked(tokens, cache, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             return self._features(tokens, cache, lengths, positions)
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes a Hugging Face folder (config, weights, tokenizer) that `load_model` and transformers read.
-
-        The folder appears whole or not at all: it is written beside its place and renamed. An existing folder is
-        replaced only with overwrite=True, and only if it holds nothing but files that this method writes.
-        """
-        from lcore.models.saving import save_model
-
-        save_model(self, path, overwrite=overwrite)
 
     def _features(
         self,
@@ -205,32 +183,6 @@ class Decoder(torch.nn.Module):
         x: torch.Tensor = self.model(tokens, positions, cache, lengths)
         return x
 
-    def _checked(
-        self, tokens: torch.Tensor, cache: PagedCache | None, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens with the padding set to 0, and lengths as int64; raises as `forward` says."""
-        owner, vocab = "Decoder", self.config.vocab_size
-        kinds = (torch.int64, torch.int32)
-        check_tensor(owner, "tokens", tokens, dtypes=kinds, shape=("*", "*"), names="batch, seq", device=self.device)
-        require(tokens.numel() > 0, owner, "tokens", "hold at least one token", tuple(tokens.shape))
-        if cache is not None:
-            rule = f"have batch_size = {tokens.shape[0]}, the rows of tokens"
-            require(cache.batch_size == tokens.shape[0], owner, "cache", rule, cache.batch_size)
-        if lengths is not None:
-            check_tensor(owner, "lengths", lengths, dtypes=kinds, shape=(tokens.shape[0],), names="batch")
-            low, high = (int(value) for value in torch.aminmax(lengths))
-            require(
-                low >= 0 and high <= tokens.shape[1], owner, "lengths", f"be in 0 .. {tokens.shape[1]}", (low, high)
-            )
-            lengths = lengths.to(torch.int64)
-            padding = torch.arange(tokens.shape[1], device=self.device) >= lengths.to(self.device)[:, None]
-            tokens = tokens.masked_fill(padding, 0)
-        low, high = (int(value) for value in torch.aminmax(tokens))
-        if low < 0 or high >= vocab:
-            rule = f"be ids in 0 .. {vocab - 1} (vocab_size {vocab})"
-            raise ValueError(message(owner, "tokens", rule, low if low < 0 else high))
-        return tokens, lengths
-
     def _initialize(self) -> None:
         """Normal weights with the config's spread and zero biases, as transformers starts these families."""
         for module in self.modules():
@@ -238,12 +190,3 @@ class Decoder(torch.nn.Module):
                 torch.nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, torch.nn.Linear) and module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-
-
-def _last(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """(batch, 1, hidden) at each row's last real token; zeros for a row without one."""
-    if lengths is None:
-        return x[:, -1:]
-    lengths = lengths.to(x.device)
-    index = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
-    return x.gather(1, index).masked_fill((lengths == 0)[:, None, None], 0)

@@ -7,11 +7,14 @@ from typing import Any
 
 from lcore.errors import message, require
 from lcore.models.config import FAMILIES, ModelConfig
+from lcore.models.mamba_config import MAMBA_FAMILIES, MambaConfig, parse_mamba
 from lcore.positions import RopeConfig
 from lcore.positions.rope_config import split_by_layer_type
 
 _OWNER = "load_model"
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_ALL = FAMILIES | MAMBA_FAMILIES
+_COMMON = ("vocab_size", "hidden_size", "num_hidden_layers")
+_SIZES = (*_COMMON, "intermediate_size", "num_attention_heads")
 # What the configuration classes of transformers assume when config.json is silent.
 _MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _MISTRAL_WINDOW = 4096
@@ -19,17 +22,20 @@ _QWEN_WINDOW, _QWEN_FULL_LAYERS = 4096, 28
 _QWEN3_HEAD_DIM = 128
 
 
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig | MambaConfig:
     """Reads the dict of a config.json, and of a generation_config.json for the ids that end a text.
 
     Raises: NotImplementedError for an architecture or feature without an implementation, by name; ValueError for a
         missing or impossible value.
     """
     family = family_of(raw)
-    for name in _SIZES:
+    for name in _COMMON if family in MAMBA_FAMILIES else _SIZES:
         rule = f"have {name} as a positive integer"
         require(isinstance(raw.get(name), int) and raw[name] > 0, _OWNER, "config.json", rule, raw.get(name))
     _refuse_features(raw)
+    ids = dict(raw) | {name: value for name, value in (generation or {}).items() if value is not None}
+    if family in MAMBA_FAMILIES:
+        return MambaConfig(**parse_mamba(family, raw, ids), eos_token_ids=_as_tuple(ids.get("eos_token_id")))
     limit = raw.get("max_position_embeddings") or _MAX_POSITIONS[family]
     ropes = {
         kind: RopeConfig.from_dict(
@@ -44,7 +50,6 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         if part not in (None, 1):
             raise NotImplementedError(message(_OWNER, "partial_rotary_factor", "be 1 in these families", part))
     rope = ropes.get("full_attention") or ropes["sliding_attention"]
-    ids = dict(raw) | {name: value for name, value in (generation or {}).items() if value is not None}
     return ModelConfig(
         model_type=family,
         vocab_size=raw["vocab_size"],
@@ -73,13 +78,13 @@ def family_of(raw: Mapping[str, Any]) -> str:
     """The family of a config.json, by its first architecture or, where none is given, its model_type."""
     named = raw.get("architectures") or []
     if named:
-        for family, architecture in FAMILIES.items():
+        for family, architecture in _ALL.items():
             if named[0] == architecture:
                 return family
-    elif raw.get("model_type") in FAMILIES:
+    elif raw.get("model_type") in _ALL:
         return str(raw["model_type"])
     got = named[0] if named else f"model_type {raw.get('model_type')!r}"
-    raise NotImplementedError(message(_OWNER, "architecture", f"be one of {', '.join(FAMILIES.values())}", got))
+    raise NotImplementedError(message(_OWNER, "architecture", f"be one of {', '.join(_ALL.values())}", got))
 
 
 def _as_tuple(ids: int | list[int] | None) -> tuple[int, ...]:

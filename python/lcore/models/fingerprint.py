@@ -11,7 +11,7 @@ import torch
 from lcore.errors import dtype_name
 
 if TYPE_CHECKING:
-    from lcore.models.decoder import Decoder
+    from lcore.models.causal_lm import CausalLM
 
 # Of each parameter: 16 pieces of 256 bytes. A model in any way trained on differs in nearly every one of them, and the
 # 300 tensors of an 8 B model cost 5,000 reads of a page from disk.
@@ -20,7 +20,7 @@ _PIECES, _PIECE_BYTES = 16, 256
 _IRRELEVANT = ("initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id")
 
 
-def fingerprint(model: Decoder) -> dict[str, str]:
+def fingerprint(model: CausalLM) -> dict[str, str]:
     """The fields of the config that fix keys and values, "dtype", and "weights".
 
     Nested fields have dotted names ("rope.theta"). "weights" is SHA-256 over name, dtype, shape and a sample of the
@@ -39,7 +39,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _weights(model: Decoder) -> str:
+def _weights(model: CausalLM) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {dtype_name(parameter.dtype)} {tuple(parameter.shape)}\n".encode())

@@ -1,10 +1,11 @@
-"""From a Hugging Face folder to a Decoder."""
+"""From a Hugging Face folder to a model."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,8 @@ from lcore.errors import message, require_type
 from lcore.models.checkpoint import Checkpoint, check_tensors, read_json
 from lcore.models.decoder import Decoder
 from lcore.models.families import parse_config
+from lcore.models.mamba import MambaDecoder
+from lcore.models.mamba_config import MambaConfig
 from lcore.models.tokenizer import Tokenizer
 
 # Old checkpoints store the rotation frequencies, which the config fixes.
@@ -21,8 +24,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def load_model(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Decoder:
-    """Loads a decoder from a Hugging Face checkpoint folder: Llama 2/3, Mistral, Qwen2/2.5 or Qwen3.
+) -> Any:
+    """Loads a model from a Hugging Face checkpoint folder.
+
+    Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 load as a Decoder; Mamba, Falcon Mamba and Mamba-2 as a MambaDecoder.
 
     The folder holds config.json, model.safetensors or its shards with an index, and mostly tokenizer.json. Headers
     are checked against the config first. On the CPU in the checkpoint's own dtype the parameters are views of the
@@ -33,7 +38,7 @@ def load_model(
         path: the folder.
         dtype: of the parameters; None keeps the dtype of the checkpoint's embedding.
         device: where the parameters go.
-    Returns: a Decoder in eval mode, its tokenizer in `model.tokenizer` (None without tokenizer.json).
+    Returns: the model in eval mode, its tokenizer in `model.tokenizer` (None without tokenizer.json).
     Raises: FileNotFoundError for a missing folder, config, weights or shard; NotImplementedError for an unknown
         architecture or feature, by name; ValueError for broken JSON, an index that points outside the folder, a
         truncated file, and missing, unexpected or misshapen tensors.
@@ -44,7 +49,7 @@ def load_model(
     config, expected = model.config, dict(model.named_parameters())
     tokenizer = Tokenizer.from_folder(Path(path), config.eos_token_ids)
 
-    dtype = dtype or checkpoint.dtypes["model.embed_tokens.weight"]
+    dtype = dtype or checkpoint.dtypes[model.embedding_name]
     state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.tensors(set(expected))}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -52,7 +57,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
+def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder | MambaDecoder, Checkpoint]:
     """The model of a folder without its weights, on the meta device, and the checkpoint, whose headers fit it."""
     folder = Path(path)
     if not folder.is_dir():
@@ -62,9 +67,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
     config = parse_config(raw, read_json(generation) if generation.is_file() else None)
     checkpoint = Checkpoint(folder)
 
-    model = Decoder(config, device="meta")
+    model = MambaDecoder(config, device="meta") if isinstance(config, MambaConfig) else Decoder(config, device="meta")
     optional = {name for name in checkpoint.shapes if _DERIVED.fullmatch(name)}
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
     check_tensors(checkpoint, dict(model.named_parameters()), optional)
+    return model, checkpoint
+
+
+def open_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
+    """As `open_checkpoint`, for what only a model with a KV cache has; NotImplementedError for another."""
+    model, checkpoint = open_checkpoint(path)
+    if isinstance(model, MambaDecoder):
+        rule = "be a model with a KV cache; a recurrent state has one size at any length, see new_cache().stats()"
+        raise NotImplementedError(message("plan", "model", rule, model.config.model_type))
     return model, checkpoint

@@ -1,4 +1,4 @@
-"""From a Decoder to a Hugging Face folder that appears whole or not at all."""
+"""From a model to a Hugging Face folder that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcore.models.checkpoint import INDEX, SINGLE, shown
 from lcore.models.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from lcore.models.decoder import Decoder
+    from lcore.models.causal_lm import CausalLM
 
 # transformers' own limit: larger single files are awkward to move and to resume
 SHARD_BYTES = 5 * 10**9
@@ -25,7 +25,7 @@ _FILES = {"config.json", "generation_config.json", SINGLE, INDEX, *TOKENIZER_FIL
 
 
 def save_model(
-    model: Decoder, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+    model: CausalLM, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes config.json, generation_config.json, the weights and the tokenizer; see `Decoder.save`."""
     target = Path(path)

@@ -1,9 +1,23 @@
-"""The building blocks of a decoder as plain modules; each works alone."""
+"""The building blocks of decoders as plain modules; each works alone."""
 
 from lcore.nn.attention import Attention
+from lcore.nn.gated_delta_net import GatedDeltaNet
 from lcore.nn.linear import Linear
+from lcore.nn.mamba import Mamba
+from lcore.nn.mamba2 import Mamba2
 from lcore.nn.mlp import GatedMLP, silu
-from lcore.nn.norm import RMSNorm
+from lcore.nn.norm import GroupedRMSNorm, RMSNorm
 from lcore.nn.rotary import Rotary
 
-__all__ = ["Attention", "GatedMLP", "Linear", "RMSNorm", "Rotary", "silu"]
+__all__ = [
+    "Attention",
+    "GatedDeltaNet",
+    "GatedMLP",
+    "GroupedRMSNorm",
+    "Linear",
+    "Mamba",
+    "Mamba2",
+    "RMSNorm",
+    "Rotary",
+    "silu",
+]

@@ -15,12 +15,17 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype != x.dtype or not _runs_in_onednn(x):
-            return super().forward(x)
-        rows = x.reshape(-1, x.shape[-1])
-        padded = rows.expand(2, -1) if rows.shape[0] == 1 else rows
-        out = torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")
-        return out[: rows.shape[0]].view(*x.shape[:-1], -1)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear` with the rows of `Linear`."""
+    if weight.dtype != x.dtype or not _runs_in_onednn(x):
+        return torch.nn.functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    padded = rows.expand(2, -1) if rows.shape[0] == 1 else rows
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return out[: rows.shape[0]].view(*x.shape[:-1], -1)
 
 
 def _runs_in_onednn(x: torch.Tensor) -> bool:

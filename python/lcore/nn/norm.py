@@ -24,3 +24,22 @@ class RMSNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GroupedRMSNorm(RMSNorm):
+    """RMSNorm of each of `groups` equal parts of the last dimension on its own, with one weight for all of it."""
+
+    def __init__(self, size: int, groups: int, eps: float = 1e-6) -> None:
+        super().__init__(size, eps)
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.groups == 1:
+            return super().forward(x)
+        parts = x.unflatten(-1, (self.groups, -1))
+        wide = parts.to(torch.promote_types(x.dtype, torch.float32))
+        normed = torch.nn.functional.rms_norm(wide, wide.shape[-1:], None, self.eps).flatten(-2)
+        return (normed * self.weight).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"

@@ -1,0 +1,131 @@
+"""The Gated DeltaNet block: the gated delta rule behind a short convolution, with a gated norm of every head."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lcore.cache import LayerState
+from lcore.errors import require
+from lcore.nn.linear import Linear
+from lcore.nn.mamba import check_hidden, decay_rates, zero_state
+from lcore.nn.norm import RMSNorm
+from lcore.ops import causal_conv1d, gated_delta_rule, gated_delta_rule_update
+
+_NORM_EPS = 1e-6  # of the length of q and k
+
+
+class GatedDeltaNet(torch.nn.Module):
+    """Gated DeltaNet's mixer, with the parameter names and the order of rows of Qwen3-Next's checkpoints.
+
+    Formula:  q, k, v, z = in_qkvz(x); b, a = in_ba(x); q, k, v = silu(conv(q, k, v)); q, k = q / |q|, k / |k|;
+              o = gated_delta_rule(q, k, v, -e^A_log softplus(a + dt_bias), sigmoid(b));
+              out = out_proj(norm(o) silu(z)), the norm an RMSNorm of each head
+    Args:
+        hidden_size: of x.
+        num_key_heads, num_value_heads: of q and k, and of v and z; the latter a multiple of the former.
+        key_dim, value_dim: of a head.
+        conv_width: 1 to 8 tokens that the convolution sees.
+        norm_eps: of the norm.
+    Source:   Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_key_heads: int,
+        num_value_heads: int,
+        key_dim: int = 128,
+        value_dim: int = 128,
+        *,
+        conv_width: int = 4,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        rule = f"be a multiple of num_key_heads = {num_key_heads}"
+        require(num_value_heads % num_key_heads == 0, "nn.GatedDeltaNet", "num_value_heads", rule, num_value_heads)
+        share = num_value_heads // num_key_heads
+        self.num_key_heads, self.num_value_heads = num_key_heads, num_value_heads
+        self.key_dim, self.value_dim, self.share = key_dim, value_dim, share
+        keys, values = num_key_heads * key_dim, num_value_heads * value_dim
+        channels = 2 * keys + values
+        self.sizes = [keys, keys, values]
+        self.in_proj_qkvz = Linear(hidden_size, 2 * keys + 2 * values, bias=False)
+        self.in_proj_ba = Linear(hidden_size, 2 * num_value_heads, bias=False)
+        self.conv1d = torch.nn.Conv1d(channels, channels, conv_width, groups=channels, bias=False)
+        self.dt_bias = torch.nn.Parameter(torch.ones(num_value_heads))
+        self.A_log = torch.nn.Parameter(torch.empty(num_value_heads).uniform_(0.01, 16).log())
+        self.norm = RMSNorm(value_dim, norm_eps)
+        self.out_proj = Linear(values, hidden_size, bias=False)
+
+    def new_state(self, batch_size: int = 1) -> LayerState:
+        """Zeros: the state before the first token. recurrent is (batch, value heads, key_dim, value_dim)."""
+        return zero_state(self.conv1d, self.A_log, (batch_size, self.num_value_heads, self.key_dim, self.value_dim))
+
+    @overload
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None,
+        return_final_state: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None,
+        return_final_state: Literal[True],
+    ) -> tuple[Tensor, LayerState]: ...  # fmt: skip
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        return_final_state: bool = False,
+    ) -> Tensor | tuple[Tensor, LayerState]:
+        """Mixes each token of x with those before it; arguments, returns and gradients as `Mamba.forward`."""
+        check_hidden("nn.GatedDeltaNet", x, self.in_proj_qkvz.in_features)
+        conv, recurrent = (None, None) if state is None else state
+        *parts, z, beta, g = self._project(x)
+        mixed, conv = causal_conv1d(
+            torch.cat(parts, dim=-1).transpose(1, 2), self.conv1d.weight.squeeze(1), activation="silu",
+            initial_state=conv, cu_seqlens=cu_seqlens, return_final_state=True,
+        )  # fmt: skip
+        q, k, v = mixed.transpose(1, 2).split(self.sizes, dim=-1)
+        q, k = (_unit(part.unflatten(-1, (self.num_key_heads, -1))) for part in (q, k))
+        v = v.unflatten(-1, (self.num_value_heads, -1))
+        if recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+            recurrent = recurrent.clone()
+            o = gated_delta_rule_update(recurrent, q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])[:, None]
+        elif cu_seqlens is None:
+            o, recurrent = gated_delta_rule(q, k, v, g, beta, initial_state=recurrent, return_final_state=True)
+        else:
+            o, recurrent = gated_delta_rule(
+                q[0], k[0], v[0], g[0], beta[0], initial_state=recurrent, cu_seqlens=cu_seqlens, return_final_state=True
+            )
+            o = o[None]
+        gate = F.silu(z.to(g.dtype))
+        out = self.out_proj((self.norm(o) * gate).to(x.dtype).flatten(2))
+        return (out, LayerState(conv, recurrent)) if return_final_state else out
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v (batch, seq, channels); z (batch, seq, value heads, value_dim); beta and the log decays, float32 at
+        least, (batch, seq, value heads). Rows of the projections stand by key head, each with its value heads.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        by_head = self.in_proj_qkvz(x).unflatten(-1, (self.num_key_heads, -1))
+        values = self.share * self.value_dim
+        q, k, v, z = (part.flatten(2) for part in by_head.split([self.key_dim, self.key_dim, values, values], dim=-1))
+        b, a = (
+            part.flatten(2).to(wide) for part in self.in_proj_ba(x).unflatten(-1, (self.num_key_heads, -1)).chunk(2, -1)
+        )
+        g = decay_rates(self.A_log) * F.softplus(a + self.dt_bias)
+        return q, k, v, z.unflatten(-1, (self.num_value_heads, -1)), b.sigmoid(), g
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Heads of length 1, in float32 at least, rounded once."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _NORM_EPS)).to(x.dtype)
