@@ -17,26 +17,34 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
+KERNELS = ("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes")
+ENTRIES = ["lcore_emulated_merge_states", *(f"lcore_emulator_{name}" for name in KERNELS)]  # return an error's words
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
+def commanded(*command: object) -> tuple[bool, str]:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """The emulator, or why there is none."""
+def built() -> tuple[str, str]:
+    """Why there can be no emulator, and why its build failed; both empty when there is one."""
     cmake = shutil.which("cmake")
     if cmake is None:
-        return "cmake is not installed"
-    configure = [cmake, "-S", str(ROOT / "tests" / "emulator"), "-B", str(BUILD)]
-    done = subprocess.run(configure, capture_output=True, text=True, check=False)
-    if "CUDA_HEADERS" in done.stderr:
-        return "the CUDA headers are not installed: no cuda_runtime.h in $CUDA_HOME/include or /usr/local/cuda/include"
-    assert done.returncode == 0, done.stderr
-    build = [cmake, "--build", str(BUILD), "--parallel", str(os.cpu_count())]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "warning" not in done.stdout + done.stderr, done.stdout + done.stderr
+        return "cmake is not installed", ""
+    done, words = commanded(cmake, "-S", ROOT / "tests" / "emulator", "-B", BUILD)
+    if "CUDA_HEADERS" in words:
+        return "no CUDA headers: no cuda_runtime.h in $CUDA_HOME/include or /usr/local/cuda/include", ""
+    if done:
+        done, words = commanded(cmake, "--build", BUILD, "--parallel", os.cpu_count())
+    return "", "" if done and "warning" not in words else words
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(BUILD / "libemulated.so"))
-    for name in ("lcore_emulator_broken", "lcore_emulated_merge_states"):
+    for name in ENTRIES:
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -44,9 +52,11 @@ def library() -> ctypes.CDLL | str:
 @contextmanager
 def emulator(**tensors: Tensor) -> Iterator[ctypes.CDLL]:
     """The emulator, whose kernels may touch these tensors and nothing else."""
+    missing, failure = built()
+    if missing:
+        pytest.skip(missing)
+    assert not failure, failure
     found = library()
-    if isinstance(found, str):
-        pytest.skip(found)
     for name, tensor in tensors.items():
         nbytes = ctypes.c_size_t(tensor.numel() * tensor.element_size())
         found.lcore_emulator_register(ctypes.c_void_p(tensor.data_ptr()), nbytes, name.encode())
@@ -84,3 +94,18 @@ def merge_states(
         params = MergeParams(DTYPES[out_a.dtype], *pointers, *out_a.shape)
         raise_if(emulated.lcore_emulated_merge_states(ctypes.byref(params)))
     return memory["out"], memory["lse"]
+
+
+class Gemm(ctypes.Structure):
+    """tests/emulator/kernels/gemm.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k")),
+    )
+
+
+class Matrices(ctypes.Structure):
+    """tests/emulator/kernels/gemm_sm90.cu"""
+
+    _fields_ = (("fragments", ctypes.c_void_p), ("out", ctypes.c_void_p), ("transposed", ctypes.c_bool))

@@ -4,7 +4,7 @@
 namespace lcore::emulator {
 
 void Block::release(Clock& into) {
-  Clock& clock = clocks_[warp()];
+  Clock& clock = clocks[warp()];
   join(into, clock);
   ++clock[warp()];
 }
@@ -29,7 +29,7 @@ void Block::complete(Barrier& b) {
   for (Thread* thread : b.waiting) {
     thread->state = State::kReady;
     thread->vote = b.votes;
-    join(clocks_[thread->id / kLanes], b.clock);
+    join(clocks[thread->id / kLanes], b.clock);
   }
   b = Barrier{};
 }

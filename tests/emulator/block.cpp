@@ -68,7 +68,7 @@ Block::Block(const Launch& l)
       dynamic(static_cast<std::byte*>(std::aligned_alloc(1024, (l.shared_bytes + 1023) / 1024 * 1024 + 1024))),
       stacks_(static_cast<int>(l.block.x * l.block.y * l.block.z)),
       threads_(l.block.x * l.block.y * l.block.z) {
-  for (Clock& clock : clocks_) clock.fill(0);
+  for (Clock& clock : clocks) clock.fill(0);
   dl_iterate_phdr(find_static, this);
 }
 
@@ -78,11 +78,11 @@ bool Block::run(uint3 which) {
   index = which;
   this_block = this;
   uint32_t first = 0;
-  for (const Clock& clock : clocks_) first = std::max(first, *std::max_element(clock.begin(), clock.end()));
+  for (const Clock& clock : clocks) first = std::max(first, *std::max_element(clock.begin(), clock.end()));
   ++first;
   for (int w = 0; w < kWarps; ++w) {
-    clocks_[w].fill(first - 1);
-    clocks_[w][w] = first;
+    clocks[w].fill(first - 1);
+    clocks[w][w] = first;
   }
   dynamic_shadow.start_block(first);
   static_shadow.start_block(first);

@@ -57,6 +57,11 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
+struct Mbarrier {  // what does not fit into its 64 bits
+  Clock arriving{}, ended{};
+  std::vector<Thread*> waiting;
+};
+
 // One a core, for one launch; runs block after block.
 class Block {
  public:
@@ -74,7 +79,7 @@ class Block {
   void arrive(int barrier, int expected);
   // A point of order: what the running warp did before is seen by whoever joins `into` later.
   void release(Clock& into);
-  void acquire(const Clock& from) { join(clocks_[warp()], from); }
+  void acquire(const Clock& from) { join(clocks[warp()], from); }
   [[noreturn]] void fail(const std::string& what);
   std::string who(const Thread& thread) const;
 
@@ -82,8 +87,8 @@ class Block {
   uint3 index{};
   std::string error;
   Meeting meetings[kWarps][kLanes];
-  std::map<uintptr_t, Barrier> mbarriers;  // waiting threads and order; the counts lie in the object itself
-  Clock clocks_[kWarps];
+  std::map<uintptr_t, Mbarrier> mbarriers;  // by address
+  Clock clocks[kWarps];
   Shadow dynamic_shadow, static_shadow;
   std::byte* dynamic;        // shared_bytes of it belong to the block
   uintptr_t static_low = 0;  // __shared__ variables of this core

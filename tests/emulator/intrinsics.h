@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace lcore::emulator {
 // Checked as an atomic access of shared or global memory.
@@ -84,11 +85,11 @@ __attribute__((no_sanitize("thread"))) T atomic_change(T* p, F&& change) {
 }
 }  // namespace lcore::emulator
 
-#define LCORE_ATOMIC(name, expression)                                                                \
-  template <class T>                                                                                  \
-  __attribute__((no_sanitize("thread"))) T name(T* p, T x) {                                          \
-    return lcore::emulator::atomic_change(                                                            \
-        p, [=](T old) __attribute__((no_sanitize("thread"))) { return static_cast<T>(expression); }); \
+// As CUDA's overloads, the operand converts to the type of the object.
+#define LCORE_ATOMIC(name, expression)                                                                            \
+  template <class T>                                                                                              \
+  __attribute__((no_sanitize("thread"))) T name(T* p, std::type_identity_t<T> x) {                                \
+    return lcore::emulator::atomic_change(p, [=]([[maybe_unused]] T old) { return static_cast<T>(expression); }); \
   }
 LCORE_ATOMIC(atomicAdd, old + x)
 LCORE_ATOMIC(atomicSub, old - x)
@@ -102,6 +103,6 @@ LCORE_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
 #undef LCORE_ATOMIC
 
 template <class T>
-__attribute__((no_sanitize("thread"))) T atomicCAS(T* p, T expected, T x) {
+__attribute__((no_sanitize("thread"))) T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
   return lcore::emulator::atomic_change(p, [=](T old) { return old == expected ? x : old; });
 }

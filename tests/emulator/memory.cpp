@@ -41,13 +41,13 @@ void access_shared(Block& b, const Place& p, size_t bytes, Access kind, const Wh
     b.fail(what() + ": " + std::to_string(bytes - p.room) + " of them past the end of " + p.name);
   }
   const int warp = b.warp();
-  const Clock& clock = b.clocks_[warp];
+  const Clock& clock = b.clocks[warp];
   for (size_t i = 0; i < bytes; ++i) {
     int other = 0;
     Verdict verdict = Verdict::kFine;
     if (kind == Access::kRead) verdict = p.shadow->read(p.offset + i, warp, clock, other);
     if (kind == Access::kWrite) verdict = p.shadow->write(p.offset + i, warp, clock, other);
-    if (kind == Access::kAtomic && !p.shadow->written(p.offset + i)) verdict = Verdict::kUnwritten;
+    if (kind == Access::kAtomic) verdict = p.shadow->atomic(p.offset + i, clock, other);
     if (verdict == Verdict::kFine) continue;
     const std::string where = std::string(p.name) + " + " + std::to_string(p.offset + i);
     if (verdict == Verdict::kUnwritten) b.fail(what() + ": nobody has written " + where);

@@ -66,9 +66,11 @@ Verdict Shadow::write(size_t offset, int warp, const Clock& clock, int& other) {
   return Verdict::kFine;
 }
 
-void Shadow::write_atomic(size_t offset, int warp, const Clock& clock) {
-  Cell& c = cells_[offset];
-  if (c.write_epoch < first_) c = Cell{clock[warp], 0, static_cast<uint8_t>(warp), 0, false};
+Verdict Shadow::atomic(size_t offset, const Clock& clock, int& other) const {
+  const Cell& c = cells_[offset];
+  if (c.write_epoch < first_) return Verdict::kUnwritten;
+  other = c.write_warp;
+  return c.write_epoch > clock[c.write_warp] ? Verdict::kRace : Verdict::kFine;
 }
 
 }  // namespace lcore::emulator

@@ -30,10 +30,9 @@ class Shadow {
   // `other` receives the warp of the earlier access of a race.
   Verdict read(size_t offset, int warp, const Clock& clock, int& other);
   Verdict write(size_t offset, int warp, const Clock& clock, int& other);
-  // An access that the hardware itself orders: counts as written, and takes no part in races.
-  void write_atomic(size_t offset, int warp, const Clock& clock);
+  // An access that the hardware orders among its like: it must only come after the plain write that made the object.
+  Verdict atomic(size_t offset, const Clock& clock, int& other) const;
   void set_in_flight(size_t offset, bool value) { cells_[offset].in_flight = value; }
-  bool written(size_t offset) const { return cells_[offset].write_epoch >= first_; }
 
  private:
   static constexpr uint8_t kMany = 255;
