@@ -1,0 +1,54 @@
+// Barriers of a block: each counts threads, and passes on what they did before.
+#include "block.h"
+
+namespace lcore::emulator {
+
+void Block::release(Clock& into) {
+  Clock& clock = clocks[warp()];
+  join(into, clock);
+  ++clock[warp()];
+}
+
+Barrier& Block::arrived(int barrier, int expected) {
+  const std::string name = "barrier " + std::to_string(barrier);
+  if (barrier < 0 || barrier >= kNamedBarriers) fail(name + ": a block has barriers 0 to 15");
+  if (expected % kLanes != 0 && barrier != 0)
+    fail(name + ": waits for " + std::to_string(expected) + " threads, which is no multiple of 32");
+  Barrier& b = barriers_[barrier];
+  if (b.arrived > 0 && b.expected != expected) {
+    fail(name + ": one thread waits for " + std::to_string(b.expected) + " threads, another for " +
+         std::to_string(expected));
+  }
+  b.expected = expected;
+  ++b.arrived;
+  release(b.clock);
+  return b;
+}
+
+void Block::complete(Barrier& b) {
+  for (Thread* thread : b.waiting) {
+    thread->state = State::kReady;
+    thread->vote = b.votes;
+    join(clocks[thread->id / kLanes], b.clock);
+  }
+  b = Barrier{};
+}
+
+int Block::synchronize(int barrier, int expected, bool vote) {
+  Barrier& b = arrived(barrier, expected);
+  b.votes += vote;
+  b.waiting.push_back(running_);
+  if (b.arrived == expected) {
+    complete(b);
+    return running_->vote;
+  }
+  wait("barrier " + std::to_string(barrier) + " for " + std::to_string(expected) + " threads");
+  return running_->vote;
+}
+
+void Block::arrive(int barrier, int expected) {
+  Barrier& b = arrived(barrier, expected);
+  if (b.arrived == expected) complete(b);
+}
+
+}  // namespace lcore::emulator

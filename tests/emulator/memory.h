@@ -1,0 +1,39 @@
+// The memory a kernel may touch: registered global allocations, its block's shared memory, and its own stack.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace lcore::emulator {
+
+struct Allocation {
+  uintptr_t low;
+  size_t bytes;
+  std::string name;
+};
+
+// Global memory for as long as the object lives.
+class Registered {
+ public:
+  Registered(const void* memory, size_t bytes, std::string name);
+  ~Registered();
+  Registered(const Registered&) = delete;
+  Registered& operator=(const Registered&) = delete;
+
+ private:
+  uintptr_t low_;
+};
+
+enum class Access : uint8_t { kRead, kWrite, kAtomic };
+
+// Ends the running thread's block with an error if the access is wrong. `alignment` is what the instruction asks for;
+// `code` the address of the instruction, or null. Does nothing in host code.
+void access(const volatile void* memory, size_t bytes, Access kind, size_t alignment, const void* code);
+
+// Shared memory that an asynchronous copy will fill: nobody may read it until set_arrived.
+void set_in_flight(void* shared, size_t bytes, bool value);
+// Whether [memory, memory + 1) lies in the running block's shared memory.
+bool is_shared(const void* memory);
+
+}  // namespace lcore::emulator

@@ -1,0 +1,76 @@
+#include "shadow.h"
+
+#include <new>
+
+namespace lcore::emulator {
+namespace {
+
+// Zeroed, and in memory only where touched.
+template <class T>
+T* map(size_t count) {
+  void* memory =
+      mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<T*>(memory);
+}
+
+}  // namespace
+
+Shadow::Shadow(size_t bytes) : bytes_(bytes + 1), cells_(map<Cell>(bytes_)), readers_(map<Clock>(bytes_)) {}
+
+Shadow::~Shadow() {
+  munmap(cells_, bytes_ * sizeof(Cell));
+  munmap(readers_, bytes_ * sizeof(Clock));
+}
+
+Verdict Shadow::read(size_t offset, int warp, const Clock& clock, int& other) {
+  Cell& c = cells_[offset];
+  if (c.in_flight && c.write_epoch >= first_) return Verdict::kInFlight;
+  if (c.write_epoch < first_) return Verdict::kUnwritten;
+  other = c.write_warp;
+  if (c.write_epoch > clock[c.write_warp]) return Verdict::kRace;
+  if (c.read_warp == kMany && c.read_epoch >= first_) {
+    readers_[offset][warp] = clock[warp];
+    c.read_epoch = c.read_epoch > clock[warp] ? c.read_epoch : clock[warp];
+    return Verdict::kFine;
+  }
+  if (c.read_epoch >= first_ && c.read_warp != warp && c.read_epoch > clock[c.read_warp]) {
+    readers_[offset].fill(0);
+    readers_[offset][c.read_warp] = c.read_epoch;
+    readers_[offset][warp] = clock[warp];
+    c.read_warp = kMany;
+    c.read_epoch = c.read_epoch > clock[warp] ? c.read_epoch : clock[warp];
+    return Verdict::kFine;
+  }
+  c.read_warp = static_cast<uint8_t>(warp);
+  c.read_epoch = clock[warp];
+  return Verdict::kFine;
+}
+
+Verdict Shadow::write(size_t offset, int warp, const Clock& clock, int& other) {
+  Cell& c = cells_[offset];
+  if (c.write_epoch >= first_ && c.write_epoch > clock[c.write_warp]) {
+    other = c.write_warp;
+    return Verdict::kRace;
+  }
+  if (c.read_epoch >= first_) {
+    for (int w = 0; w < kWarps; ++w) {
+      const uint32_t epoch = c.read_warp == kMany ? readers_[offset][w] : (w == c.read_warp ? c.read_epoch : 0);
+      if (epoch > clock[w]) {
+        other = w;
+        return Verdict::kRace;
+      }
+    }
+  }
+  c = Cell{clock[warp], 0, static_cast<uint8_t>(warp), 0, false};
+  return Verdict::kFine;
+}
+
+Verdict Shadow::atomic(size_t offset, const Clock& clock, int& other) const {
+  const Cell& c = cells_[offset];
+  if (c.write_epoch < first_) return Verdict::kUnwritten;
+  other = c.write_warp;
+  return c.write_epoch > clock[c.write_warp] ? Verdict::kRace : Verdict::kFine;
+}
+
+}  // namespace lcore::emulator
