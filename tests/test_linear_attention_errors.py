@@ -116,7 +116,7 @@ def test_errors_of_ssd(change, error, message):
             ValueError,
             "state_indices must have shape (batch,) = (3,), got (2,)",
         ),
-        ({"state_indices": torch.tensor([0, 3, 1])}, ValueError, "state_indices must be below the 3 slots, got 3"),
+        ({"state_indices": torch.tensor([0, 3, 1])}, ValueError, "state_indices must be below 3 slots, got 3"),
         ({"state_indices": torch.tensor([0, 0, 1])}, ValueError, "state_indices must name no slot twice, got 0"),
     ],
 )

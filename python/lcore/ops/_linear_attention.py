@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lcore import _ext  # noqa: F401  (defines torch.ops.lcore)
-from lcore.ops.linear_attention_checks import state_dtype
+from lcore.ops.recurrent_checks import wide_dtype
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -34,7 +34,7 @@ def _fake(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, wide: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (_sequences(q, cu_seqlens), v.shape[-2], q.shape[-1], v.shape[-1])
-    return v.new_empty(v.shape, dtype=_out_dtype(v, wide)), q.new_empty(shape, dtype=state_dtype(q))
+    return v.new_empty(v.shape, dtype=_out_dtype(v, wide)), q.new_empty(shape, dtype=wide_dtype(q))
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -42,7 +42,7 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def _out_dtype(v: Tensor, wide: bool) -> torch.dtype:
-    return state_dtype(v) if wide else v.dtype
+    return wide_dtype(v) if wide else v.dtype
 
 
 @torch.library.register_fake("lcore::_linear_attention_backward")
@@ -54,9 +54,9 @@ def _backward_fake(
     rows = [x.new_empty(x.shape) for x in (q, k, v, g)]
     gates = [q.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (beta, weight)]
     own = q.new_empty(
-        (_sequences(q, cu_seqlens) if bonus is not None else 0, v.shape[-2], q.shape[-1]), dtype=state_dtype(q)
+        (_sequences(q, cu_seqlens) if bonus is not None else 0, v.shape[-2], q.shape[-1]), dtype=wide_dtype(q)
     )
-    state = q.new_empty((0,), dtype=state_dtype(q)) if initial_state is None else torch.empty_like(initial_state)
+    state = q.new_empty((0,), dtype=wide_dtype(q)) if initial_state is None else torch.empty_like(initial_state)
     return (*rows, *gates, own, state)
 
 

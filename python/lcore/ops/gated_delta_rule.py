@@ -10,14 +10,8 @@ from torch import Tensor
 from lcore.errors import check_tensor
 from lcore.ops._linear_attention import composite
 from lcore.ops.gated_linear_attention import default_scale
-from lcore.ops.linear_attention_checks import (
-    check_decay,
-    check_scale,
-    check_state,
-    check_tokens,
-    check_update,
-    dtypes_beside,
-)
+from lcore.ops.linear_attention_checks import check_decay, check_scale, check_state, check_tokens, check_update
+from lcore.ops.recurrent_checks import dtypes_beside
 
 _NAME = "gated_delta_rule"
 _UPDATE = "gated_delta_rule_update"

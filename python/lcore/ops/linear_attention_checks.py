@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcore.errors import FLOAT_TYPES, check_kernel, check_number, check_tensor, has_values, require
+from lcore.errors import check_kernel, check_number, check_tensor, require
 from lcore.ops.attention_checks import check_offsets
+from lcore.ops.recurrent_checks import check_slots, dtypes_beside, wide_dtype
 
 _MAX_HEAD_DIM = 512
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 tokens."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def dtypes_beside(x: Tensor) -> tuple[torch.dtype, ...]:
-    """What decays and gates may be beside x: any but float64, or float64 alone."""
-    return (torch.float64,) if x.dtype == torch.float64 else tuple(d for d in FLOAT_TYPES if d != torch.float64)
 
 
 def check_tokens(
@@ -70,7 +60,7 @@ def check_scale(name: str, scale: float | None) -> None:
 
 
 def check_state(name: str, argument: str, state: Any, x: Tensor, shape: tuple[Any, ...], names: str) -> None:
-    check_tensor(name, argument, state, dtypes=(state_dtype(x),), device=x.device, shape=shape, names=names)
+    check_tensor(name, argument, state, dtypes=(wide_dtype(x),), device=x.device, shape=shape, names=names)
 
 
 def check_update(
@@ -94,17 +84,8 @@ def check_update(
     shape = (slots, v.shape[1], q.shape[2], v.shape[2])
     check_state(name, "state", state, q, shape, "slots, heads_v, key_dim, value_dim")
     require(state.is_contiguous(), name, "state", "be contiguous", _strides(state))
-    if state_indices is None:
-        return
-    check_tensor(name, "state_indices", state_indices, dtypes=(torch.int64,), device=q.device, shape=(q.shape[0],),
-                 names="batch")  # fmt: skip
-    require(state_indices.is_contiguous(), name, "state_indices", "be contiguous", _strides(state_indices))
-    if has_values(state_indices):
-        used = [i for i in state_indices.tolist() if i >= 0]
-        most = max(used, default=-1)
-        require(most < state.shape[0], name, "state_indices", f"be below the {state.shape[0]} slots", most)
-        twice = next((i for i, count in collections.Counter(used).items() if count > 1), None)
-        require(twice is None, name, "state_indices", "name no slot twice", twice)
+    if state_indices is not None:
+        check_slots(name, state_indices, q, state.shape[0])
 
 
 def _strides(x: Tensor) -> str:

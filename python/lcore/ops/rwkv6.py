@@ -9,14 +9,8 @@ from torch import Tensor
 
 from lcore.errors import check_number, check_tensor
 from lcore.ops._linear_attention import composite
-from lcore.ops.linear_attention_checks import (
-    check_decay,
-    check_state,
-    check_tokens,
-    check_update,
-    dtypes_beside,
-    state_dtype,
-)
+from lcore.ops.linear_attention_checks import check_decay, check_state, check_tokens, check_update
+from lcore.ops.recurrent_checks import dtypes_beside, wide_dtype
 
 _NAME = "rwkv6"
 _UPDATE = "rwkv6_update"
@@ -96,7 +90,7 @@ def _rwkv6(
     if g.dim() == 1:
         g = g.expand(v.shape[:-1])
     state = None if initial_state is None else initial_state.contiguous()
-    bonus = u.to(state_dtype(r)).contiguous()
+    bonus = u.to(wide_dtype(r)).contiguous()
     return torch.ops.lcore._linear_attention(r, k, v, g, None, None, bonus, scale, state, cu_seqlens, False)
 
 
@@ -147,5 +141,5 @@ def _update(
 ) -> Tensor:  # fmt: skip
     if g.dim() == 1:
         g = g.expand(v.shape[:-1])
-    bonus = u.to(state_dtype(r)).contiguous()
+    bonus = u.to(wide_dtype(r)).contiguous()
     return torch.ops.lcore._linear_attention_update(state, r, k, v, g, None, None, bonus, scale, state_indices, False)

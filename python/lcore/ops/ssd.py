@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lcore.errors import check_tensor, require, require_type
 from lcore.ops._linear_attention import composite
-from lcore.ops.linear_attention_checks import check_state, check_tokens, dtypes_beside, state_dtype
+from lcore.ops.linear_attention_checks import check_state, check_tokens
+from lcore.ops.recurrent_checks import dtypes_beside, wide_dtype
 
 _NAME = "ssd"
 
@@ -127,7 +128,7 @@ def _ssd(
     dt_bias: Tensor | None = None, dt_softplus: bool = False, dt_limit: list[float] | None = None,
     initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    wide = state_dtype(x)
+    wide = wide_dtype(x)
     step = dt.to(wide)
     if dt_bias is not None:
         step = step + dt_bias.to(wide)
