@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lcore.cache import sessions
+from lcore.cache.accounts import stats
 from lcore.cache.checks import check_int, check_options, check_states, row_counts
 from lcore.cache.formats import page_layout
 from lcore.cache.key_rope import check_rope
@@ -174,7 +175,7 @@ class PagedCache(LayerReader):
             bits_per_value: that one value takes in a page, padding included.
             dropped_mass: the largest `dropped_mass` of any query so far; 0 without a selection that bounds it.
         """
-        return self._open("PagedCache.stats").stats()
+        return stats(self._open("PagedCache.stats"))
 
     @staticmethod
     def bytes_per_token(

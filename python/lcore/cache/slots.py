@@ -102,25 +102,6 @@ class Slots:
     def nbytes(self) -> int:
         return self.tail_bytes + self.table_bytes + self.scores.nbytes + self.index.nbytes
 
-    def stats(self) -> dict[str, int | float]:
-        """As `PagedCache.stats`."""
-        pool_bytes, overflow = self.pool.nbytes, self.pool.overflow
-        return {
-            "bytes": pool_bytes + self.nbytes,
-            "pool_bytes": pool_bytes,
-            "file_bytes": 0 if overflow is None else overflow.file_bytes,
-            "tail_bytes": self.tail_bytes,
-            "table_bytes": self.table_bytes,
-            "score_bytes": self.scores.nbytes,
-            "index_bytes": self.index.nbytes,
-            "tokens": int(self.lengths.amax((0, 2)).sum()),
-            "pages": int(self.entries().sum()),
-            "page_bytes": self.layout.page_bytes,
-            "free_pages": self.pool.allocator.free_count,
-            "bits_per_value": self.layout.bits_per_value,
-            "dropped_mass": self.index.worst,
-        }
-
     def full_pages(self) -> NDArray[np.int32]:
         """(layers, batch, kv_heads): full pages that each slot has."""
         return self.host.lengths // self.layout.page_size

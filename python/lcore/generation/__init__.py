@@ -1,7 +1,7 @@
 """Generation: prompts read in chunks, text written token by token, as a stream of typed events."""
 
-from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
-from lcore.generation.generator import Completion, Generator
+from lcore.generation.events import Completion, Done, Event, Prefill, Reason, Stats, Token
+from lcore.generation.generator import Generator
 from lcore.generation.ngram import Ngram
 from lcore.generation.progress import show_prefill
 from lcore.generation.sampling import Sampling

@@ -84,4 +84,14 @@ class Done:
     row: int = 0
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What `Generator.generate` returns for a row: the text without the stop string, all token ids, why it ended."""
+
+    text: str
+    tokens: list[int]
+    reason: Reason
+    stats: Stats
+
+
 Event: TypeAlias = Prefill | Token | Done

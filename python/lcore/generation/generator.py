@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +13,12 @@ from lcore.cache import PagedCache, PrefixCache
 from lcore.cache.overflow import Folder
 from lcore.cache.policies import Policy
 from lcore.cache.selection import Selection
-from lcore.errors import require, require_type
+from lcore.errors import require
 from lcore.generation.caches import Caches
-from lcore.generation.events import Done, Event, Reason, Stats, Token
+from lcore.generation.events import Completion, Done, Event, Token
 from lcore.generation.loop import Loop, Row
 from lcore.generation.progress import show_prefill
-from lcore.generation.prompts import Prompt, encode_prompts, is_batch
+from lcore.generation.prompts import Prompt, check_stops, encode_prompts, is_batch
 from lcore.generation.resume import Session
 from lcore.generation.sampling import Sampling, check_int
 from lcore.generation.speculation import Speculate, Speculation, speculation_of
@@ -29,16 +28,6 @@ from lcore.models.mamba import MambaDecoder
 
 if TYPE_CHECKING:
     from lcore.models import Decoder
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What `Generator.generate` returns for a row: the text without the stop string, all token ids, why it ended."""
-
-    text: str
-    tokens: list[int]
-    reason: Reason
-    stats: Stats
 
 
 class Generator:
@@ -166,7 +155,7 @@ class Generator:
         stop_ids = (stop_ids,) if isinstance(stop_ids, int) else stop_ids
         for token in stop_ids:
             check_int("stop_ids", token)
-        stops = _check_stops(stop)
+        stops = check_stops(stop)
         config, tokenizer = self.model.config, self.model.tokenizer
         textless = stops != () and tokenizer is None
         require(not textless, "Generator", "stop", "be empty because the model has no tokenizer", stops)
@@ -258,11 +247,3 @@ class Generator:
                 "its text may lose sense beyond that",
                 stacklevel=3,
             )
-
-
-def _check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    for text in stops:
-        require_type(isinstance(text, str), "Generator", "stop", "hold strings", repr(text))
-        require(text != "", "Generator", "stop", "hold strings that are not empty", repr(text))
-    return stops

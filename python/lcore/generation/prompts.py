@@ -75,3 +75,12 @@ def _as_tensor(ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
     require_type(integers, "Generator", "prompt", "hold integers", dtype_name(tokens.dtype))
     require(tokens.dim() == 1, "Generator", "prompt", "be one-dimensional token ids", tuple(tokens.shape))
     return tokens.to(device="cpu", dtype=torch.int64)
+
+
+def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop string or several as a tuple, none of them empty."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        require_type(isinstance(text, str), "Generator", "stop", "hold strings", repr(text))
+        require(text != "", "Generator", "stop", "hold strings that are not empty", repr(text))
+    return stops
