@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny_model import byte_tokenizer
+from tiny_model import byte_tokenizer, tiny_decoder
 from typer.testing import CliRunner
 
 import lcore
@@ -103,6 +103,21 @@ def test_what_only_a_kv_cache_has_is_refused(name, value):
             Generator(model).stream(PROMPT, session=value)
         else:
             Generator(model, **{name: value})
+
+
+def test_a_cache_of_the_other_kind_is_refused():
+    mamba, llama = tiny_mamba(), tiny_decoder()
+    for model, other in ((mamba, llama), (llama, mamba)):
+        kind, got = type(model.new_cache()).__name__, type(other.new_cache()).__name__
+        rule = f"cache must be a {kind}, as "
+        with pytest.raises(
+            TypeError, match=f"^lcore.{type(model).__name__}: {rule}new_cache\\(\\) makes it, got {got}$"
+        ):
+            model(torch.tensor([[1]]), other.new_cache())
+        with pytest.raises(
+            TypeError, match=f"^lcore.Generator: {rule}the model's new_cache\\(\\) makes it, got {got}$"
+        ):
+            Generator(model).stream(PROMPT, cache=other.new_cache())
 
 
 def test_command_line(tmp_path):

@@ -115,9 +115,9 @@ def test_fork(kind):
     cache = model.new_cache()
     model(tokens[:, :12], cache)
     fork = cache.fork()
-    want = model(tokens[:, 12:], cache)
     for _ in range(2):  # steps of one token, which one kernel takes in place
         model(tokens[:, :1], fork)
+    want = model(tokens[:, 12:], cache)
     assert fork.seen().tolist() == [14] and cache.seen().tolist() == [20]
     again = model.new_cache()
     model(tokens[:, :12], again)
@@ -203,6 +203,16 @@ def test_some_rows_step_alone(kind):
         for tensor, there, before in zip(state, expected, old, strict=True):
             torch.testing.assert_close(tensor[[2, 0]], there, rtol=0, atol=1e-5)
             assert torch.equal(tensor[1], before[1])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_sum_of_layers_runs_in_the_dtype_that_the_config_says(wide):
+    model = small_model(residual_in_fp32=wide).bfloat16()
+    seen = []
+    for layer in model.backbone.layers:
+        layer.register_forward_hook(lambda _, inputs, out: seen.append(out[0].dtype))
+    model(random_tokens(1, 3, vocab=50), model.new_cache())
+    assert seen == [torch.float32 if wide else torch.bfloat16] * 2
 
 
 def test_bad_input_is_refused():

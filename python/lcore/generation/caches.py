@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lcore.cache import PagedCache, PrefixCache
+from lcore.cache import PagedCache, PrefixCache, StateCache
 from lcore.cache.overflow import Folder, overflow_folder
 from lcore.cache.policies import Policy
 from lcore.cache.selection import Selection
@@ -85,6 +85,8 @@ class Caches:
 
     def make_room(self, cache: PagedCache, new_tokens: list[int]) -> None:
         """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
+        paged = not isinstance(cache, StateCache)
+        require_type(paged, "Generator", "cache", "be a PagedCache, as the model's new_cache() makes it", "StateCache")
         model, rows = self.model, len(new_tokens)
         if self.context is not None and not cache.seen().any():
             planner = model_planner(model, rows, self.prefill_chunk, overflow=cache.overflow, **self._plain)

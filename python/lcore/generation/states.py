@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lcore.cache import PagedCache
-from lcore.errors import message
+from lcore.cache import PagedCache, StateCache
+from lcore.errors import message, require_type
 from lcore.generation.caches import Caches
 
 _UNSET = (None, (), 0)
@@ -49,7 +49,9 @@ class StateCaches(Caches):
         return self.model.new_cache(len(prompts)), None
 
     def make_room(self, cache: PagedCache, new_tokens: Sequence[int]) -> None:
-        """Nothing: the states have their size from the start."""
+        """Checks the cache's kind; its states have their size from the start."""
+        rule = "be a StateCache, as the model's new_cache() makes it"
+        require_type(isinstance(cache, StateCache), "Generator", "cache", rule, type(cache).__name__)
 
 
 def _refused(argument: str, value: object) -> NotImplementedError:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lcore.errors import check_tensor, message, require
+from lcore.cache import PagedCache, StateCache
+from lcore.errors import check_tensor, message, require, require_type
 from lcore.models.tokenizer import Tokenizer
 from lcore.nn import Linear
 
 if TYPE_CHECKING:
-    from lcore.cache import PagedCache, StateCache
     from lcore.models.config import ModelConfig
     from lcore.models.mamba_config import MambaConfig
 
@@ -21,6 +21,7 @@ class CausalLM(torch.nn.Module):
     """A causal language model, with the parameter names of Hugging Face checkpoints."""
 
     embedding_name: str  # of the parameter that the output projection may share
+    recurrent = False  # whether its cache is a StateCache
     config: ModelConfig | MambaConfig
     tokenizer: Tokenizer | None
     lm_head: Linear
@@ -60,6 +61,9 @@ class CausalLM(torch.nn.Module):
         check_tensor(owner, "tokens", tokens, dtypes=kinds, shape=("*", "*"), names="batch, seq", device=self.device)
         require(tokens.numel() > 0, owner, "tokens", "hold at least one token", tuple(tokens.shape))
         if cache is not None:
+            fits = isinstance(cache, StateCache) == self.recurrent
+            kind = "StateCache" if self.recurrent else "PagedCache"
+            require_type(fits, owner, "cache", f"be a {kind}, as new_cache() makes it", type(cache).__name__)
             rule = f"have batch_size = {tokens.shape[0]}, the rows of tokens"
             require(cache.batch_size == tokens.shape[0], owner, "cache", rule, cache.batch_size)
         if lengths is not None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lcore.cache import LayerState, StateCache
-from lcore.errors import require_type
 from lcore.models.causal_lm import CausalLM
 from lcore.models.mamba_config import MambaConfig
 from lcore.models.tokenizer import Tokenizer
@@ -63,6 +62,7 @@ class MambaDecoder(CausalLM):
 
     config: MambaConfig
     embedding_name = "backbone.embeddings.weight"
+    recurrent = True
 
     def __init__(
         self,
@@ -109,22 +109,15 @@ class MambaDecoder(CausalLM):
         Raises: TypeError for the dtype and for another kind of cache; ValueError for the shape, for an id outside the
             vocabulary, and for lengths outside 0 .. seq, before any work.
         """
-        tokens, lengths = self._checked_here(tokens, cache, lengths)
+        tokens, lengths = self._checked(tokens, cache, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             return self._logits(self._features(tokens, cache, lengths), lengths, last_only)
 
     def features(self, tokens: Tensor, cache: StateCache | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """As `forward`, but returns (batch, seq, hidden_size), the normalised hidden states before the logits."""
-        tokens, lengths = self._checked_here(tokens, cache, lengths)
+        tokens, lengths = self._checked(tokens, cache, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             return self._features(tokens, cache, lengths)
-
-    def _checked_here(
-        self, tokens: Tensor, cache: StateCache | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        known = cache is None or isinstance(cache, StateCache)
-        require_type(known, "MambaDecoder", "cache", "be a StateCache, as new_cache() makes it", type(cache).__name__)
-        return self._checked(tokens, cache, lengths)
 
     def _features(self, tokens: Tensor, cache: StateCache | None, lengths: Tensor | None) -> Tensor:
         x = self.backbone.embeddings(tokens)
