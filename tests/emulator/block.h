@@ -31,6 +31,11 @@ struct Copy {  // a cp.async on its way
   int bytes, filled;  // the rest of `bytes` becomes zero
 };
 
+struct Wait {  // words of printf and their numbers, put together only for a report
+  const char* format = "";
+  int numbers[3] = {};
+};
+
 enum class State : uint8_t { kReady, kWaiting, kDone };
 
 struct Thread {
@@ -39,7 +44,7 @@ struct Thread {
   State state;
   void* stack;
   uintptr_t stack_low;
-  std::string waits_for;
+  Wait waits_for;
   int vote;                               // what its last barrier counted
   alignas(16) std::byte in[64], out[64];  // of a warp collective
   std::vector<Copy> copies;               // uncommitted ones last
@@ -73,7 +78,7 @@ class Block {
   Thread& lane(int i) { return threads_[running_->id / kLanes * kLanes + i]; }
   int warp() const { return running_->id / kLanes; }
   // Stops the running thread until somebody makes it ready.
-  void wait(std::string what);
+  void wait(const Wait& what);
   // Returns when `expected` threads have arrived; with how many of them voted.
   int synchronize(int barrier, int expected, bool vote);
   void arrive(int barrier, int expected);
