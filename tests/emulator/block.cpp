@@ -121,6 +121,7 @@ bool Block::run(uint3 which) {
 void Block::enter() {
   Block& block = *this_block;
   block.launch.invoke(block.launch.kernel, block.launch.params);
+  block.steps_ = 0;
   block.running_->state = State::kDone;
   void* unused = nullptr;
   lcore_emulator_switch(&unused, block.scheduler_);
@@ -128,8 +129,15 @@ void Block::enter() {
 }
 
 void Block::wait(const Wait& what) {
+  steps_ = 0;
   running_->state = State::kWaiting;
   running_->waits_for = what;
+  lcore_emulator_switch(&running_->stack, scheduler_);
+}
+
+void Block::step() {
+  if (++steps_ % kTurn != 0) return;
+  if (steps_ >= kPatience) fail("runs for ever: 2^24 accesses of the block and no thread waited or returned");
   lcore_emulator_switch(&running_->stack, scheduler_);
 }
 

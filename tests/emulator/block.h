@@ -16,6 +16,8 @@ namespace lcore::emulator {
 constexpr int kLanes = 32;
 constexpr size_t kSharedLimit = 227 << 10;  // of a block on sm_90, dynamic
 constexpr int kNamedBarriers = 16;
+constexpr uint64_t kTurn = uint64_t{1} << 12;      // accesses after which other threads get their turn: a loop may spin
+constexpr uint64_t kPatience = uint64_t{1} << 24;  // accesses of a block since a thread last waited or returned
 
 struct Launch {
   const void* kernel;
@@ -79,6 +81,8 @@ class Block {
   int warp() const { return running_->id / kLanes; }
   // Stops the running thread until somebody makes it ready.
   void wait(const Wait& what);
+  // Counts an access, and lets the others run now and then.
+  void step();
   // Returns when `expected` threads have arrived; with how many of them voted.
   int synchronize(int barrier, int expected, bool vote);
   void arrive(int barrier, int expected);
@@ -111,6 +115,7 @@ class Block {
   std::vector<Thread> threads_;
   Barrier barriers_[kNamedBarriers];
   Thread* running_ = nullptr;
+  uint64_t steps_ = 0;
   void* scheduler_ = nullptr;
 };
 

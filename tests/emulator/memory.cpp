@@ -90,6 +90,7 @@ void access(const volatile void* memory, size_t bytes, Access kind, size_t align
   if (!b) return;
   const auto at = reinterpret_cast<uintptr_t>(memory);
   if (at - b->running().stack_low < kStackBytes) return;
+  b->step();
   const auto what = [&] { return words(kind, bytes, at) + source(code); };  // only for errors: it is slow
   if (at % alignment != 0) b->fail(what() + ": not aligned to " + std::to_string(alignment));
   const Place place = shared_place(*b, at);
