@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 TOKENS ?= 32768
 # A checkout also tests the bfloat16 dot-product kernels on machines that lack the instruction.
 export LCORE_EMULATED_ISA ?= ON
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'bench/cpp/*.h' 'bench/cpp/*.cpp')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'bench/cpp/*.h' 'bench/cpp/*.cpp' \
+              'tests/emulator/*.h' 'tests/emulator/*.cpp' 'tests/emulator/*.cu')
 COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>/dev/null || echo unknown)
 
 # A second environment that sees the packages of the first, but has an lcore of its own, built with sanitizers.

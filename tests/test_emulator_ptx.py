@@ -88,7 +88,14 @@ def test_an_mbarrier_waits_for_missing_bytes():
 
 
 @pytest.mark.parametrize(
-    ("source", "architecture"), [("gemm", "sm_80"), ("async", "sm_80"), ("gemm_sm90", "sm_90"), ("broken", "sm_80")]
+    ("source", "architecture"),
+    [
+        ("gemm", "sm_80"),
+        ("async", "sm_80"),
+        ("gemm_sm90", "sm_90"),
+        pytest.param("broken", "sm_80", marks=pytest.mark.slow),
+        pytest.param("collectives", "sm_80", marks=pytest.mark.slow),
+    ],
 )
 def test_nvcc_compiles_the_same_source(source, architecture, tmp_path):
     nvcc = shutil.which("nvcc")

@@ -10,14 +10,14 @@ void Block::release(Clock& into) {
 }
 
 Barrier& Block::arrived(int barrier, int expected) {
-  const std::string name = "barrier " + std::to_string(barrier);
-  if (barrier < 0 || barrier >= kNamedBarriers) fail(name + ": a block has barriers 0 to 15");
-  if (expected % kLanes != 0 && barrier != 0)
-    fail(name + ": waits for " + std::to_string(expected) + " threads, which is no multiple of 32");
+  const auto refuse = [&](const std::string& what) { fail("barrier " + std::to_string(barrier) + ": " + what); };
+  if (barrier < 0 || barrier >= kNamedBarriers) refuse("a block has barriers 0 to 15");
+  if (expected % kLanes != 0 && barrier != 0) {
+    refuse("waits for " + std::to_string(expected) + " threads, which is no multiple of 32");
+  }
   Barrier& b = barriers_[barrier];
   if (b.arrived > 0 && b.expected != expected) {
-    fail(name + ": one thread waits for " + std::to_string(b.expected) + " threads, another for " +
-         std::to_string(expected));
+    refuse("one thread waits for " + std::to_string(b.expected) + " threads, another for " + std::to_string(expected));
   }
   b.expected = expected;
   ++b.arrived;
@@ -42,7 +42,7 @@ int Block::synchronize(int barrier, int expected, bool vote) {
     complete(b);
     return running_->vote;
   }
-  wait("barrier " + std::to_string(barrier) + " for " + std::to_string(expected) + " threads");
+  wait({"barrier %d for %d threads", {barrier, expected, 0}});
   return running_->vote;
 }
 

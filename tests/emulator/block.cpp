@@ -17,6 +17,12 @@ std::string text(uint3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
+std::string text(const Wait& wait) {
+  char words[160];
+  std::snprintf(words, sizeof words, wait.format, wait.numbers[0], wait.numbers[1], wait.numbers[2]);
+  return words;
+}
+
 std::string kernel_name(const void* kernel) {
   Dl_info info{};
   if (!dladdr(kernel, &info) || !info.dli_sname) return "(no symbol)";
@@ -115,15 +121,23 @@ bool Block::run(uint3 which) {
 void Block::enter() {
   Block& block = *this_block;
   block.launch.invoke(block.launch.kernel, block.launch.params);
+  block.steps_ = 0;
   block.running_->state = State::kDone;
   void* unused = nullptr;
   lcore_emulator_switch(&unused, block.scheduler_);
   std::abort();  // nobody runs a thread that is done
 }
 
-void Block::wait(std::string what) {
+void Block::wait(const Wait& what) {
+  steps_ = 0;
   running_->state = State::kWaiting;
-  running_->waits_for = std::move(what);
+  running_->waits_for = what;
+  lcore_emulator_switch(&running_->stack, scheduler_);
+}
+
+void Block::step() {
+  if (++steps_ % kTurn != 0) return;
+  if (steps_ >= kPatience) fail("runs for ever: 2^24 accesses of the block and no thread waited or returned");
   lcore_emulator_switch(&running_->stack, scheduler_);
 }
 
@@ -141,13 +155,13 @@ std::string Block::stuck() const {
   const auto waiting = [](const Thread& t) { return t.state == State::kWaiting; };
   const auto first = std::find_if(threads_.begin(), threads_.end(), waiting);
   if (first == threads_.end()) return {};
-  std::string what = who(*first) + ": waits for ever at " + first->waits_for + "; ";
+  std::string what = who(*first) + ": waits for ever at " + text(first->waits_for) + "; ";
   const auto other = std::find_if(threads_.begin(), threads_.end(), [&](const Thread& t) {
-    return t.state == State::kDone || t.waits_for != first->waits_for;
+    return t.state == State::kDone || text(t.waits_for) != text(first->waits_for);
   });
   if (other == threads_.end()) return what + "all threads wait there";
   if (other->state == State::kDone) return what + "thread " + text(other->index) + " has returned";
-  return what + "thread " + text(other->index) + " waits at " + other->waits_for;
+  return what + "thread " + text(other->index) + " waits at " + text(other->waits_for);
 }
 
 }  // namespace lcore::emulator

@@ -16,6 +16,8 @@ namespace lcore::emulator {
 constexpr int kLanes = 32;
 constexpr size_t kSharedLimit = 227 << 10;  // of a block on sm_90, dynamic
 constexpr int kNamedBarriers = 16;
+constexpr uint64_t kTurn = uint64_t{1} << 12;      // accesses after which other threads get their turn: a loop may spin
+constexpr uint64_t kPatience = uint64_t{1} << 24;  // accesses of a block since a thread last waited or returned
 
 struct Launch {
   const void* kernel;
@@ -31,6 +33,11 @@ struct Copy {  // a cp.async on its way
   int bytes, filled;  // the rest of `bytes` becomes zero
 };
 
+struct Wait {  // words of printf and their numbers, put together only for a report
+  const char* format = "";
+  int numbers[3] = {};
+};
+
 enum class State : uint8_t { kReady, kWaiting, kDone };
 
 struct Thread {
@@ -39,7 +46,7 @@ struct Thread {
   State state;
   void* stack;
   uintptr_t stack_low;
-  std::string waits_for;
+  Wait waits_for;
   int vote;                               // what its last barrier counted
   alignas(16) std::byte in[64], out[64];  // of a warp collective
   std::vector<Copy> copies;               // uncommitted ones last
@@ -73,7 +80,9 @@ class Block {
   Thread& lane(int i) { return threads_[running_->id / kLanes * kLanes + i]; }
   int warp() const { return running_->id / kLanes; }
   // Stops the running thread until somebody makes it ready.
-  void wait(std::string what);
+  void wait(const Wait& what);
+  // Counts an access, and lets the others run now and then.
+  void step();
   // Returns when `expected` threads have arrived; with how many of them voted.
   int synchronize(int barrier, int expected, bool vote);
   void arrive(int barrier, int expected);
@@ -106,6 +115,7 @@ class Block {
   std::vector<Thread> threads_;
   Barrier barriers_[kNamedBarriers];
   Thread* running_ = nullptr;
+  uint64_t steps_ = 0;
   void* scheduler_ = nullptr;
 };
 

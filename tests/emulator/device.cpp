@@ -52,7 +52,7 @@ uint64_t shuffle(uint32_t mask, uint64_t bits, int source_lane) {
 }
 
 uint32_t ballot(uint32_t mask, bool vote) {
-  return meet<uint32_t>("a vote", mask, vote, [](const Lanes& lanes) {
+  return meet<uint32_t>("a vote of its warp", mask, vote, [](const Lanes& lanes) {
     uint32_t votes = 0;
     for (int i = 0; i < kLanes; ++i) votes |= lanes.mask >> i & 1 && lanes.get<bool>(i) ? 1u << i : 0u;
     for (int i = 0; i < kLanes; ++i) {

@@ -77,8 +77,8 @@ void mbarrier_wait(uint64_t* barrier, int parity) {
   Mbarrier& r = record(barrier);
   if (static_cast<int>(c.phase) != parity) return b.acquire(r.ended);
   r.waiting.push_back(&b.running());
-  b.wait("an mbarrier, phase of parity " + std::to_string(parity) + ", " + std::to_string(c.pending) +
-         " arrivals and " + std::to_string(c.bytes) + " bytes short as it began to wait");
+  b.wait({"an mbarrier, phase of parity %d, %d arrivals and %d bytes short as it began to wait",
+          {parity, static_cast<int>(c.pending), static_cast<int>(c.bytes)}});
 }
 
 }  // namespace lcore::cuda

@@ -9,7 +9,7 @@
 namespace lcore::emulator {
 namespace {
 
-std::vector<Allocation> allocations;  // by address; changes only between launches
+std::vector<Allocation> allocations;  // a few; changes only between launches
 
 std::string words(Access kind, size_t bytes, uintptr_t at) {
   const char* verb = kind == Access::kRead ? "reads " : kind == Access::kWrite ? "writes " : "changes atomically ";
@@ -57,25 +57,19 @@ void access_shared(Block& b, const Place& p, size_t bytes, Access kind, const Wh
   }
 }
 
-void access_global(Block& b, uintptr_t at, size_t bytes, const std::string& what, Access kind) {
-  const auto after = std::upper_bound(allocations.begin(), allocations.end(), at,
-                                      [](uintptr_t x, const Allocation& a) { return x < a.low; });
-  if (after != allocations.begin()) {
-    const Allocation& a = after[-1];
-    if (at - a.low + bytes <= a.bytes) return;
-    if (at - a.low < a.bytes + 4096) {
+// Names the memory that an access has just missed.
+[[noreturn]] void blame(Block& b, uintptr_t at, const std::string& what) {
+  constexpr size_t kNear = 4096;
+  const auto low = reinterpret_cast<uintptr_t>(b.dynamic), end = low + b.launch.shared_bytes;
+  if (low - at <= kNear || at - end <= kNear) {
+    b.fail(what + ": outside the block's " + std::to_string(end - low) + " bytes of dynamic shared memory");
+  }
+  for (const Allocation& a : allocations) {
+    if (at - a.low < a.bytes + kNear) {
       b.fail(what + ": " + std::to_string(at - a.low) + " bytes into " + a.name + ", which has " +
              std::to_string(a.bytes));
     }
-  }
-  if (kind == Access::kRead && is_constant(at)) return;
-  const auto below_dynamic = reinterpret_cast<uintptr_t>(b.dynamic) - at;
-  const auto above_dynamic = at - reinterpret_cast<uintptr_t>(b.dynamic) - b.launch.shared_bytes;
-  if (below_dynamic <= 4096 || above_dynamic <= 4096) {
-    b.fail(what + ": outside the block's " + std::to_string(b.launch.shared_bytes) + " bytes of dynamic shared memory");
-  }
-  if (after != allocations.end() && after->low - at <= 4096) {
-    b.fail(what + ": " + std::to_string(after->low - at) + " bytes before " + after->name);
+    if (a.low - at <= kNear) b.fail(what + ": " + std::to_string(a.low - at) + " bytes before " + a.name);
   }
   b.fail(what + ": no memory of this kernel");
 }
@@ -83,9 +77,7 @@ void access_global(Block& b, uintptr_t at, size_t bytes, const std::string& what
 }  // namespace
 
 Registered::Registered(const void* memory, size_t bytes, std::string name) : low_(reinterpret_cast<uintptr_t>(memory)) {
-  const auto after = std::upper_bound(allocations.begin(), allocations.end(), low_,
-                                      [](uintptr_t x, const Allocation& a) { return x < a.low; });
-  allocations.insert(after, Allocation{low_, bytes, std::move(name)});
+  allocations.push_back(Allocation{low_, bytes, std::move(name)});
 }
 
 Registered::~Registered() {
@@ -98,19 +90,16 @@ void access(const volatile void* memory, size_t bytes, Access kind, size_t align
   if (!b) return;
   const auto at = reinterpret_cast<uintptr_t>(memory);
   if (at - b->running().stack_low < kStackBytes) return;
-  if (at % alignment != 0) {
-    b->fail(words(kind, bytes, at) + source(code) + ": not aligned to " + std::to_string(alignment));
-  }
+  b->step();
+  const auto what = [&] { return words(kind, bytes, at) + source(code); };  // only for errors: it is slow
+  if (at % alignment != 0) b->fail(what() + ": not aligned to " + std::to_string(alignment));
   const Place place = shared_place(*b, at);
-  const auto what = [&] { return words(kind, bytes, at) + source(code); };
-  if (!place.shadow) {
-    // The usual case first: no words are made for an access that is fine.
-    for (const Allocation& a : allocations) {
-      if (at - a.low < a.bytes && at - a.low + bytes <= a.bytes) return;
-    }
-    return access_global(*b, at, bytes, what(), kind);
+  if (place.shadow) return access_shared(*b, place, bytes, kind, what);
+  for (const Allocation& a : allocations) {
+    if (at - a.low < a.bytes && bytes <= a.bytes - (at - a.low)) return;
   }
-  return access_shared(*b, place, bytes, kind, what);
+  if (kind == Access::kRead && is_constant(at)) return;
+  blame(*b, at, what());
 }
 
 void set_in_flight(void* shared, size_t bytes, bool value) {

@@ -54,9 +54,9 @@ Verdict Shadow::write(size_t offset, int warp, const Clock& clock, int& other) {
     return Verdict::kRace;
   }
   if (c.read_epoch >= first_) {
-    for (int w = 0; w < kWarps; ++w) {
-      const uint32_t epoch = c.read_warp == kMany ? readers_[offset][w] : (w == c.read_warp ? c.read_epoch : 0);
-      if (epoch > clock[w]) {
+    const bool many = c.read_warp == kMany;
+    for (int w = many ? 0 : c.read_warp, end = many ? kWarps : w + 1; w < end; ++w) {
+      if ((many ? readers_[offset][w] : c.read_epoch) > clock[w]) {
         other = w;
         return Verdict::kRace;
       }

@@ -11,17 +11,17 @@ void meet(const char* what, uint32_t mask, const void* in, size_t in_bytes, void
   Block& b = *current();
   Thread& self = b.running();
   const int lane = self.id % kLanes;
-  const std::string name = std::string(what) + " of its warp";
-  if (!(mask >> lane & 1)) b.fail(name + ": the mask lacks the calling lane " + std::to_string(lane));
+  const auto refuse = [&](const std::string& why) { b.fail(std::string(what) + ": " + why); };
+  if (!(mask >> lane & 1)) refuse("the mask lacks the calling lane " + std::to_string(lane));
   Meeting& meeting = b.meetings[b.warp()][std::countr_zero(mask)];
   if (meeting.arrived == 0) meeting = Meeting{what, mask, 0};
-  if (meeting.mask != mask || std::strcmp(meeting.what, what) != 0) {
-    b.fail(name + ": other lanes are in " + meeting.what + " or have another mask");
+  if (meeting.mask != mask || meeting.what != what) {
+    refuse("other lanes are in " + std::string(meeting.what) + " or have another mask");
   }
   std::memcpy(self.in, in, in_bytes);
   meeting.arrived |= 1u << lane;
   if (meeting.arrived != mask) {
-    b.wait(name);
+    b.wait({what, {}});
   } else {
     meeting.arrived = 0;
     Lanes lanes{mask, {}, {}};

@@ -72,6 +72,15 @@ __global__ void misaligned(Params p) {
   p.data[threadIdx.x] = x.x + x.y + x.z + x.w;
 }
 
+// Thread 0 waits for a number that thread n writes.
+__global__ void spin_for_ever(Params p) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(&p.data[0], 0.0f) == 0.0f) {
+    }
+  }
+  if (static_cast<int>(threadIdx.x) == p.n) atomicAdd(&p.data[0], 1.0f);
+}
+
 __global__ void nothing(Params) {}
 
 namespace {
@@ -99,6 +108,8 @@ const std::map<std::string, Case>& cases() {
       {"barrier_for_all", {barrier_for_some, 64, 0}},
       {"vote_for_some", {vote_for_some, 5, 0}},
       {"misaligned", {misaligned, 0, 0}},
+      {"spin_for_ever", {spin_for_ever, 64, 0}},
+      {"spin_a_while", {spin_for_ever, 63, 0}},
       {"too_much_shared", {nothing, 0, 232449}},
       {"all_shared", {nothing, 0, 232448}},
   };
