@@ -73,6 +73,9 @@ struct Mbarrier {  // what does not fit into its 64 bits
 class Block {
  public:
   explicit Block(const Launch& launch);
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
   // False when a thread failed: `error` tells how.
   bool run(uint3 index);
 
@@ -102,8 +105,6 @@ class Block {
   std::byte* dynamic;        // shared_bytes of it belong to the block
   uintptr_t static_low = 0;  // __shared__ variables of this core
   size_t static_bytes = 0;
-
-  ~Block();
 
  private:
   static void enter();

@@ -26,7 +26,7 @@ struct Storing {
   bool transposed;
 };
 
-// Lane and half of its register that hold the value at (row, column) of a matrix.
+// The lane whose register holds the value at (row, column) of a matrix, in its half column % 2.
 int lane_of(int row, int column) { return row * 4 + column / 2; }
 
 uint8_t* shared_row(const void* row, Access kind) {
@@ -49,7 +49,7 @@ void load_matrices(uint32_t* out, const void* row, int count, bool transposed) {
       for (int m = 0; m < count; ++m) {
         for (int half = 0; half < 2; ++half) {
           const int row = lane / 4, column = 2 * (lane % 4) + half;
-          const auto source = lanes.get<Row>(kSide * m + (transposed ? column : row), 0);
+          const auto source = lanes.get<Row>(kSide * m + (transposed ? column : row));
           registers[m] |= uint32_t{source.values[transposed ? row : column]} << 16 * half;
         }
       }
