@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from model_cases import CASES, random_tokens, reference_logits, write_reference
-from test_generator_policy import PROMPT, by_hand
-from tiny_model import tiny_decoder, tiny_folder
+from test_generator_policy import PROMPT
+from tiny_model import greedy_by_hand, tiny_decoder, tiny_folder
 from typer.testing import CliRunner
 
 import lcore
@@ -53,7 +53,7 @@ def test_padded_rows_and_layers_with_rotations_of_their_own(dtype):
 
 def test_generator_reindexes_by_itself():
     model = tiny_decoder()
-    ids, cache = by_hand(model, PROMPT, 64, STREAM, 90)
+    ids, cache = greedy_by_hand(model, PROMPT, 64, 90, policy=STREAM)
     generator = Generator(model, prefill_chunk=64, policy=STREAM)
     assert generator.generate(PROMPT, max_new_tokens=90).tokens == ids
     assert cache.rope == generator.cache.rope == model.model.layers[1].self_attn.rotary.rotation
