@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,10 @@ def cuda_kernels(*ops: str, architecture: int = 80) -> Iterator[None]:
     """Inside, these ops of torch.ops.lcore run their CUDA kernels on CPU tensors, called from anywhere."""
     library().lcore_emulator_set_architecture(architecture)
     override = torch.library.Library("lcore", "IMPL")
-    for op in ops:
-        override.impl(op, getattr(torch.ops.lcore_emulated, op).default, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+        for op in ops:
+            override.impl(op, getattr(torch.ops.lcore_emulated, op).default, "CPU", allow_override=True)
     try:
         yield
     finally:
