@@ -17,7 +17,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
-KERNELS = ("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes")
+KERNELS = (
+    *("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes"),
+    *("move_box", "move_bytes", "exchange", "wgmma", "pipeline"),
+)
 ENTRIES = ["lcore_emulated_merge_states", *(f"lcore_emulator_{name}" for name in KERNELS)]  # return an error's words
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
