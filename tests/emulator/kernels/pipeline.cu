@@ -137,6 +137,6 @@ extern "C" const char* lcore_emulator_pipeline(const char* mistake, const void* 
       return tensor_map(DType::kBFloat16, data, {columns, rows}, {columns}, {64, 64}, Swizzle::k128);
     };
     const Pipeline p{map(a, m, k), map(b, n, k), map(c, m, n), m, n, k, mistakes.at(mistake)};
-    launch(pipeline, dim3(blocks), dim3(kThreads), sizeof(Storage), nullptr, p);
+    launch(pipeline, dim3(blocks), dim3(kThreads), sizeof(Storage), emulator::no_stream(), p);
   });
 }

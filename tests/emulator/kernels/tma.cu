@@ -81,7 +81,7 @@ void launch_box(const Tensor& t) {
   p.action = t.action;
   p.swizzle = t.swizzle;
   p.content = t.content;
-  launch(move_box<kRank>, dim3(1), dim3(64), static_cast<size_t>(bytes), nullptr, p);
+  launch(move_box<kRank>, dim3(1), dim3(64), static_cast<size_t>(bytes), emulator::no_stream(), p);
 }
 
 // Contiguous bytes to shared memory, and from there twice: stored and added.
@@ -219,7 +219,7 @@ const char* lcore_emulator_move_box(const Tensor* t) {
 const char* lcore_emulator_move_bytes(const float* from, float* to, float* sum, int count) {
   return emulator::guarded([=] {
     const size_t bytes = static_cast<size_t>(count) * sizeof(float);
-    launch(move_bytes, dim3(1), dim3(32), bytes, nullptr, ByteCopies{from, to, sum, count});
+    launch(move_bytes, dim3(1), dim3(32), bytes, emulator::no_stream(), ByteCopies{from, to, sum, count});
   });
 }
 
@@ -228,7 +228,8 @@ const char* lcore_emulator_exchange(const char* name, float* data, int64_t rows)
   return emulator::guarded([=] {
     const CUtensorMap map = tensor_map(DType::kFloat32, data, {64, rows}, {64}, {32, 8}, Swizzle::k128);
     const TmaMistake mistake = mistakes().at(name);
-    launch(exchange, dim3(1), dim3(mistake == kRegisters ? 512 : 64), 2048, nullptr, Exchange{map, data, mistake});
+    launch(exchange, dim3(1), dim3(mistake == kRegisters ? 512 : 64), 2048, emulator::no_stream(),
+           Exchange{map, data, mistake});
   });
 }
 

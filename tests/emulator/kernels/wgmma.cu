@@ -162,7 +162,8 @@ const char* lcore_emulator_wgmma(const char* way, const char* mistake, const voi
   return lcore::emulator::guarded([=] {
     const Way& w = ways().at(way);
     const auto bytes = static_cast<size_t>((64 + w.n) * k * w.element_bytes);
-    launch(w.kernel, dim3(1), dim3(threads), bytes, nullptr, Operands{a, b, c, k, mistakes().at(mistake)});
+    launch(w.kernel, dim3(1), dim3(threads), bytes, lcore::emulator::no_stream(),
+           Operands{a, b, c, k, mistakes().at(mistake)});
   });
 }
 
