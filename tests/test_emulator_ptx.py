@@ -105,7 +105,14 @@ def test_nvcc_compiles_the_same_source(source, architecture, tmp_path):
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}"]  # the real wrappers first
-    command = [nvcc, "-std=c++20", f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}", *include, "-c", str(KERNELS / f"{source}.cu")]
+    command = [
+        nvcc,
+        "-std=c++20",
+        f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}",
+        *include,
+        "-c",
+        str(KERNELS / f"{source}.cu"),
+    ]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

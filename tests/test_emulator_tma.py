@@ -108,7 +108,9 @@ def test_strides_in_any_order():
     ],
 )
 def test_a_wrong_map_is_refused(shape, box, swizzle):
-    with pytest.raises(RuntimeError, match=r"the driver refuses a tensor map \(error 1\) of sizes, strides, box: \d+/1/"):
+    with pytest.raises(
+        RuntimeError, match=r"the driver refuses a tensor map \(error 1\) of sizes, strides, box: \d+/1/"
+    ):
         move(numbers(shape, torch.float16), (0, 0), numbers(box, torch.float16), swizzle, READ)
 
 
@@ -147,7 +149,9 @@ def exchange(name, rows=64):
     data = torch.randn(64, 64)
     before = data.clone()
     with emulator(data=data) as emulated:
-        raise_if(emulated.lcore_emulator_exchange(name.encode(), ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(rows)))
+        raise_if(
+            emulated.lcore_emulator_exchange(name.encode(), ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(rows))
+        )
     before[:8, :32] *= 2
     assert torch.equal(data, before)
 
