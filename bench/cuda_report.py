@@ -1,9 +1,9 @@
 """What the compiler made of each CUDA kernel: ``python -m bench.cuda_report`` (or ``make cuda-report``).
 
-Compiles csrc/cuda/*/*.cu into cubins below build/cuda-report, those that are older than any source again, and writes
-docs/cuda_report.md: registers, spills, shared memory and launch bounds as ptxas and the PTX say, and from the machine code
-the tensor-core instructions, the widest loads and accesses of local memory. Exit code 1 if a kernel spills registers, or if
-ptxas remarks that its wgmma products wait for each other or that setmaxnreg has no effect.
+Compiles csrc/cuda/*/*.cu into cubins below build/cuda-report, unless they are newer than the sources, and writes
+docs/cuda_report.md: registers, spills, shared memory and launch bounds as ptxas and the PTX say, and from the machine
+code the tensor-core instructions, the loads by width and accesses of local memory. Exit code 1 if a kernel spills
+registers, or if ptxas remarks that its wgmma products wait for each other or that setmaxnreg has no effect.
 Needs nvcc; the machine code needs nvdisasm, from the CUDA toolkit or the extra lcore[cuda-report].
 """
 
@@ -183,8 +183,8 @@ def markdown(kernels: list[Kernel], version: str) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in [list(COLUMNS), ["---"] * len(COLUMNS), *lines])
     return (
         "# What the compiler made of the CUDA kernels\n\n"
-        f"Written by `make cuda-report`: do not edit. {version}. Loads are counted by bits a thread; `?`: no disassembler "
-        f"was found. Nothing here has met a GPU.\n\n{table}\n"
+        f"Written by `make cuda-report`: do not edit. {version}. Loads are counted by bits a thread; `?`: no "
+        f"disassembler was found. Nothing here has met a GPU.\n\n{table}\n"
     )
 
 
@@ -213,7 +213,7 @@ def report(folder: Path, jobs: int) -> tuple[list[Kernel], str]:
         for chip in chips
     ]
     with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(lambda item: compile_one(*item, folder, disassembler), work))
+        found = list(pool.map(lambda item: compile_one(item[0], item[1], folder, disassembler), work))
     release = re.search(r"release ([\d.]+)", run("nvcc", "--version"))
     return [kernel for kernels in found for kernel in kernels], f"nvcc {release[1] if release else '?'}"
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from bench import cuda_report
 from bench.cuda_report import complaints, markdown, read_code, read_launch_bounds, read_ptxas, shortened
 

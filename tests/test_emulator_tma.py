@@ -1,4 +1,4 @@
-"""Tensor copies of the emulator: boxes, swizzles and what lies outside, and the mistakes that hardware mostly forgives."""
+"""Tensor copies of the emulator: boxes, swizzles, what lies outside, and the mistakes that hardware mostly forgives."""
 
 import ctypes
 
@@ -108,9 +108,7 @@ def test_strides_in_any_order():
     ],
 )
 def test_a_wrong_map_is_refused(shape, box, swizzle):
-    with pytest.raises(
-        RuntimeError, match=r"the driver refuses a tensor map \(error 1\) of sizes, strides, box: \d+/1/"
-    ):
+    with pytest.raises(RuntimeError, match=r"driver refuses a tensor map \(error 1\) of sizes, strides, box: \d+/1/"):
         move(numbers(shape, torch.float16), (0, 0), numbers(box, torch.float16), swizzle, READ)
 
 
@@ -138,7 +136,7 @@ BROKEN = {
     "store_unordered": rf"no barrier between warp [01]'s access of {DYNAMIC} and this of warp [01]",
     "overwrites": rf"writes 1 bytes at .*: an asynchronous operation that reads {DYNAMIC} was not waited for",
     "leaves_store": r"an asynchronous operation that reads|returned while its bulk stores still read shared memory",
-    "leaves_uncommitted": r"writes 1 bytes at .*: an asynchronous operation|returned before it committed its bulk stores",
+    "leaves_uncommitted": r"writes 1 bytes at .*: an asynchronous op|returned before it committed its bulk stores",
     "leaves_load": r"the block returned while 1 bulk loads into its shared memory were on their way",
     "registers": r"setmaxnreg waits for ever: with 256 the warps ask for 73728 registers, and there are 65536",
     "odd_bytes": r"bulk_load: both addresses and the 24 bytes must be multiples of 16",

@@ -87,7 +87,7 @@ def test_a_pipeline_of_warpgroups(blocks):
 PIPELINES = {
     "no_empty_wait": r"tma_load writes 8192 bytes: (the bulk|an async|no barrier)|more than 1 arrivals in a phase",
     "releases_early": r"tma_load writes 8192 bytes: (an asynchronous operation that reads|no barrier between warp \d)",
-    "one_stage_behind": r"wgmma reads 16 bytes: (the bulk load that fills|nobody has written|no barrier between the bulk)",
+    "one_stage_behind": r"wgmma reads 16 bytes: (the bulk load that|nobody has written|no barrier between the bulk)",
     "no_fence": r"tma_store reads 8192 bytes: no fence\.proxy\.async after warp \d+ wrote dynamic shared memory",
 }
 
