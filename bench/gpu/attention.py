@@ -125,8 +125,8 @@ def decode_row(device: Device, peak: float | None, kv_format: str, batch: int, t
         for name in peers.BACKENDS
     }
     row: dict[str, Any] = {
-        "kind": "gpu_decode", "op": "decode", "kv_format": kv_format, "batch": batch, "tokens": tokens, "heads": heads,
-        "kv_heads": kv_heads, "head_dim": head_dim, "repeats": repeats,
+        "kind": "gpu_decode", "op": "attention_paged", "kv_format": kv_format, "batch": batch, "tokens": tokens,
+        "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "repeats": repeats,
     }  # fmt: skip
     row = measured(row, device, call, others, cold=repeats == 1)
     row["seconds"] = row["seconds"] and row["seconds"] / repeats
