@@ -18,7 +18,7 @@ SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py
                    tests/test_gated_linear_attention.py tests/test_ssd.py \
                    tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
 
-.PHONY: demo test test-slow test-abi check-isas sanitize build lint format bench bench-cpp clean
+.PHONY: demo test test-slow test-abi check-isas sanitize build lint format bench bench-cpp bench-cpp-cuda cuda-report gpu clean
 
 demo: build
 	$(BIN)/lcore demo --tokens $(TOKENS)
@@ -88,6 +88,21 @@ bench-cpp:
 	cmake --build build/bench-cpp
 	build/bench-cpp/attention --json build/bench-cpp/attention.json --commit $(COMMIT) $(BENCH_FLAGS)
 	build/bench-cpp/decode --json build/bench-cpp/decode.json --commit $(COMMIT) $(BENCH_FLAGS)
+
+# The CUDA kernels likewise; needs a GPU.
+bench-cpp-cuda:
+	cmake -S bench/cpp -B build/bench-cpp
+	cmake --build build/bench-cpp
+	build/bench-cpp/merge_states_cuda --json build/bench-cpp/merge_states_cuda.json --commit $(COMMIT) $(BENCH_FLAGS)
+
+# What the compiler made of the CUDA kernels, into docs/cuda_report.md. Needs nvcc, no GPU.
+cuda-report: $(VENV)/.ready
+	$(BIN)/python -m pip install -q nvidia-cuda-nvdisasm
+	$(BIN)/python -m bench.cuda_report
+
+# Tests, checkers and benchmarks on this machine's GPU; a part that is done is not run again. PARTS names some of them.
+gpu: build
+	$(BIN)/python -m bench.gpu $(PARTS)
 
 clean:
 	rm -rf build $(VENV)
