@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lcore.cache import states_of
 from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
 from lcore.generation.memory import peak_bytes
 from lcore.generation.progress import Clock, causal_pairs
@@ -65,6 +66,7 @@ class Loop:
     ) -> None:
         self._model = model
         self._cache = cache
+        self._states = states_of(cache)
         self._rows = rows
         self._chunk = prefill_chunk
         self._max_new_tokens = max_new_tokens
@@ -116,10 +118,13 @@ class Loop:
     def _next_step(self) -> list[tuple[Row, int]]:
         """The rows to read next and how many tokens of each, with padding at most prefill_chunk tokens together.
 
-        Chunks end at absolute multiples of prefill_chunk: a prompt read in two calls is cut as if it were read in one.
+        Chunks end at absolute multiples of prefill_chunk, and where recurrent states are kept: a prompt read in two
+        calls is cut as if it were read in one.
         Longest chunks first, so that rows which share a step have similar lengths and little padding.
         """
-        takes = [(row, min(row.left, self._chunk - row.position % self._chunk)) for row in self._rows if row.left]
+        every = self._chunk if self._states is None else self._states.checkpoint_every or self._chunk
+        ends = (self._chunk, every)
+        takes = [(row, min(row.left, *(n - row.position % n for n in ends))) for row in self._rows if row.left]
         takes.sort(key=lambda step: -step[1])
         step = takes[: max(1, self._chunk // takes[0][1])] if takes else []
         return sorted(step, key=lambda step: step[0].index)
@@ -236,6 +241,8 @@ class Loop:
     def _forward(self, tokens: dict[int, torch.Tensor], *, last_only: bool = True) -> dict[int, torch.Tensor]:
         """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or
         (tokens, vocab) after every one."""
+        if self._states is not None:
+            self._states.every_token = not last_only  # drafts among them may be taken back
         index, parts = list(tokens), list(tokens.values())
         lengths = torch.tensor([len(part) for part in parts])
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
@@ -253,4 +260,7 @@ class Loop:
             except ValueError:  # a layer has evicted tokens of this step: the layers cannot be brought together again
                 self._cache.close()
             raise
+        finally:
+            if self._states is not None:
+                self._states.every_token = False
         return {row: x if last_only else x[: len(part)] for row, x, part in zip(index, logits, parts, strict=True)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcore.cache import StateCache
+from lcore.cache import StateCache, states_of
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class ActiveRows:
-    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append and attend.
+    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append, attend and
+    states.
 
     The model computes these rows only. Their keys, values and queries go to the whole cache with length 0 for the other
     rows, whose part of the tensors is neither written nor read.
@@ -25,6 +27,11 @@ class ActiveRows:
         self._cache = cache
         self._index = torch.tensor(index)
         self.batch_size = len(index)
+
+    @cached_property
+    def states(self) -> StateCache | None:
+        whole = states_of(self._cache)
+        return None if whole is None else whole.rows(self._index)
 
     def layer_rope(self, layer: int) -> Rotation | None:
         return self._cache.layer_rope(layer)

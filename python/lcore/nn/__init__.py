@@ -6,8 +6,9 @@ from lcore.nn.linear import Linear
 from lcore.nn.mamba import Mamba
 from lcore.nn.mamba2 import Mamba2
 from lcore.nn.mlp import GatedMLP, silu
-from lcore.nn.norm import GroupedRMSNorm, RMSNorm
+from lcore.nn.norm import GroupedRMSNorm, RMSNorm, ZeroCentredRMSNorm
 from lcore.nn.rotary import Rotary
+from lcore.nn.sparse_mlp import SparseMLP
 
 __all__ = [
     "Attention",
@@ -19,5 +20,7 @@ __all__ = [
     "Mamba2",
     "RMSNorm",
     "Rotary",
+    "SparseMLP",
+    "ZeroCentredRMSNorm",
     "silu",
 ]
