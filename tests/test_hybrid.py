@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from hybrid_cases import CASES, build_reference, unfused, write_reference
+from mamba_cases import one_by_one
 from model_cases import edit_config, random_tokens, reference_logits
 
 import lcore
@@ -121,6 +122,16 @@ def test_bits_of_jamba_do_not_depend_on_chunks_batch_or_padding(tmp_path):
         got = model(tokens, lengths=torch.tensor([SEQ, 31, 0]))
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1, :31], want[1, :31])
+
+
+def test_transformers_loses_the_state_of_jamba_and_lcore_does_not(tmp_path):
+    """transformers' Mamba layers start from zeros when several tokens follow a cache: its oracle is token by token."""
+    reference = write_reference("jamba", tmp_path)
+    tokens = random_tokens(1, 40)
+    want = one_by_one(reference, tokens.split(1, dim=1))
+    halves = tokens.split(20, dim=1)
+    assert (one_by_one(reference, halves) - want)[:, 20:].abs().max() > 0.02
+    assert_near(read(lcore.load_model(tmp_path), tokens, 20)[0], want)
 
 
 @pytest.mark.parametrize("name", NAMES)
