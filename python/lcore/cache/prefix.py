@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lcore._runtime import PageAllocator, PrefixIndex
@@ -18,15 +15,12 @@ from lcore.cache.checks import check_int
 from lcore.cache.overflow import Folder, Overflow, overflow_folder
 from lcore.cache.paged import PagedCache
 from lcore.cache.pool import PagePool
+from lcore.cache.prefix_keys import namespace_of, runs_of
 from lcore.cache.slots import Slots
 from lcore.cache.snapshots import Snapshots
-from lcore.cache.state_file import state_settings
 from lcore.cache.states import StateCache, states_of
-from lcore.errors import check_tensor, require
+from lcore.errors import require
 
-_INTEGERS = (torch.int64, torch.int32)
-# What two caches may differ in and still have the same pages; every other setting is part of the namespace.
-_FREE_SETTINGS = ("_slots", "_select", "batch_size", "max_bytes", "overflow", "states")
 _STATES_PART = 4  # of max_bytes, that the states beside pages may take
 
 
@@ -100,11 +94,11 @@ class PrefixCache:
             )
         require(cache.max_bytes is None, name, "cache", "have max_bytes None", cache.max_bytes)
         require(len(prompts) == cache.batch_size, name, "prompts", f"have {cache.batch_size} rows", len(prompts))
-        runs = [_runs(name, "prompts", tokens, len(tokens) - 1, cache.page_size) for tokens in prompts]
+        runs = [runs_of(name, "prompts", tokens, len(tokens) - 1, cache.page_size) for tokens in prompts]
         states = states_of(cache)
         shelf = self._shelf_for(name, slots.layout.page_bytes, beside_states=states is not None)
         pool, index = shelf.pool, shelf.index
-        key = _namespace(cache, namespace)
+        key = namespace_of(cache, namespace)
         with pool.lock:
             pages = [index.match(key, run) for run in runs]
             if states is not None:
@@ -123,8 +117,8 @@ class PrefixCache:
         require(not cache.seen().any(), name, "cache", "hold no tokens", f"lengths {cache.seen().tolist()}")
         require(len(prompts) == cache.batch_size, name, "prompts", f"have {cache.batch_size} rows", len(prompts))
         for tokens in prompts:
-            _runs(name, "prompts", tokens, len(tokens), 1)
-        found = self._snapshots.find(_namespace(cache, namespace), prompts, [len(tokens) for tokens in prompts])
+            runs_of(name, "prompts", tokens, len(tokens), 1)
+        found = self._snapshots.find(namespace_of(cache, namespace), prompts, [len(tokens) for tokens in prompts])
         cache.begin_rows(found)
         return [n for n, _ in found]
 
@@ -138,11 +132,11 @@ class PrefixCache:
         """
         name = "PrefixCache.insert"
         if isinstance(cache, StateCache):
-            _runs(name, "tokens", tokens, len(tokens), 1)
-            return self._snapshots.keep(_namespace(cache, namespace), cache, row, tokens)
+            runs_of(name, "tokens", tokens, len(tokens), 1)
+            return self._snapshots.keep(namespace_of(cache, namespace), cache, row, tokens)
         slots = cache._open(name)
         check_int(name, "row", row, 0, cache.batch_size - 1)
-        runs, shelf = _runs(name, "tokens", tokens, len(tokens), cache.page_size), self._shelf
+        runs, shelf = runs_of(name, "tokens", tokens, len(tokens), cache.page_size), self._shelf
         if shelf is None or slots.pool is not shelf.pool or len(runs) == 0:
             return 0
         pool, index = shelf.pool, shelf.index
@@ -153,14 +147,14 @@ class PrefixCache:
             pages = slots.row_pages(row, len(runs))
             pool.allocator.retain(pages.ravel())  # first: the index must never name a page that it does not hold
             try:
-                known = index.insert(_namespace(cache, namespace), runs, pages)
+                known = index.insert(namespace_of(cache, namespace), runs, pages)
             except BaseException:
                 pool.allocator.release(pages.ravel())
                 raise
             pool.allocator.release(pages[:known].ravel())
         states = states_of(cache)
         if states is not None:
-            self._snapshots.keep(_namespace(cache, namespace), states, row, tokens[: len(runs) * cache.page_size])
+            self._snapshots.keep(namespace_of(cache, namespace), states, row, tokens[: len(runs) * cache.page_size])
         return pages[known:].size
 
     def make_free(self, cache: PagedCache, pages: int) -> None:
@@ -246,21 +240,3 @@ class PrefixCache:
 
 def _reclaim(index: PrefixIndex, allocator: PageAllocator, pages: int) -> None:
     allocator.release(index.evict(pages, allocator))
-
-
-def _namespace(cache: PagedCache | StateCache, more: bytes) -> bytes:
-    states = states_of(cache)
-    values = {} if isinstance(cache, StateCache) else vars(cache)
-    values = values | ({} if states is None else state_settings(states))
-    settings = sorted((name, value) for name, value in values.items() if name not in _FREE_SETTINGS)
-    return repr(settings).encode() + b"\0" + more
-
-
-def _runs(function: str, argument: str, tokens: Tensor, count: int, page_size: int) -> NDArray[np.int32]:
-    """(runs, page_size): the full pages of the first `count` tokens."""
-    check_tensor(function, argument, tokens, dtypes=_INTEGERS, shape=("*",), names="tokens", device=torch.device("cpu"))
-    pages = max(count, 0) // page_size
-    host = tokens[: pages * page_size].numpy()
-    low, high = (int(host.min()), int(host.max())) if host.size else (0, 0)
-    require(low >= 0 and high < 2**31, function, argument, "lie in [0, 2^31)", low if low < 0 else high)
-    return np.ascontiguousarray(host.reshape(pages, page_size), dtype=np.int32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -76,3 +77,9 @@ class Places:
         """All that it refers to."""
         trail = () if self.trail is None else self.trail.states
         return [x for states in (*self.checkpoints.values(), trail) for state in states for x in state]
+
+
+def storages(tensors: Sequence[Any]) -> dict[int, int]:
+    """Bytes of each storage that some tensors are in, by its address; on the meta device too."""
+    storages = [x.untyped_storage() for x in tensors]
+    return {storage._cdata: storage.nbytes() for storage in storages}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcore.cache.checks import check_int
-from lcore.cache.state_places import LayerState, Places, States, Trail
+from lcore.cache.state_places import LayerState, Places, States, Trail, storages
 from lcore.errors import check_tensor, message, require
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ class StateCache:
             recurrent_bytes + checkpoint_bytes, the last being those of checkpoints and of every_token that are not
             present states too; tokens, seen in all rows.
         """
-        conv, recurrent = (_storages(list(part)) for part in zip(*self._states, strict=True))
-        kept = _storages([x for places in self._places for x in places.tensors()])
+        conv, recurrent = (storages(list(part)) for part in zip(*self._states, strict=True))
+        kept = storages([x for places in self._places for x in places.tensors()])
         kept = {at: size for at, size in kept.items() if at not in conv and at not in recurrent}
         sizes = [sum(part.values()) for part in (conv, recurrent, kept)]
         names = ("conv_bytes", "recurrent_bytes", "checkpoint_bytes")
@@ -222,7 +222,8 @@ class StateCache:
 
         def pick(after: Tensor, before: Tensor) -> Tensor:
             new = after[last.to(after.device), rows.to(after.device)]
-            return torch.where(_like_rows(counts > 0, new), new, before)
+            stepped = (counts > 0).to(new.device).view(-1, *(1,) * (new.dim() - 1))
+            return torch.where(stepped, new, before)
 
         pairs = zip(each, self._states, strict=True)
         return tuple(LayerState(*map(pick, new, old)) for new, old in pairs)
@@ -245,13 +246,3 @@ class StateCache:
 def states_of(cache: Any) -> StateCache | None:
     """The recurrent states of a cache of any kind."""
     return cache if isinstance(cache, StateCache) else getattr(cache, "states", None)
-
-
-def _storages(tensors: Sequence[Any]) -> dict[int, int]:
-    """Bytes of each storage that some tensors are in, by its address; on the meta device too."""
-    storages = [x.untyped_storage() for x in tensors]
-    return {storage._cdata: storage.nbytes() for storage in storages}
-
-
-def _like_rows(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.to(x.device).view(-1, *(1,) * (x.dim() - 1))

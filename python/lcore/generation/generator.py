@@ -16,20 +16,18 @@ from lcore.cache.selection import Selection
 from lcore.errors import require
 from lcore.generation.caches import Caches
 from lcore.generation.events import Completion, Done, Event, Token
-from lcore.generation.loop import Loop, Row
+from lcore.generation.loop import Loop
 from lcore.generation.progress import show_prefill
 from lcore.generation.prompts import Prompt, check_stops, encode_prompts, is_batch
 from lcore.generation.resume import Session
+from lcore.generation.rows import Row
 from lcore.generation.sampling import Sampling, check_int
-from lcore.generation.speculation import Speculate, Speculation, speculation_of
+from lcore.generation.speculation import NO_PAGES, Speculate, Speculation, speculation_of
 from lcore.generation.states import StateCaches
 from lcore.generation.text import CONTEXT, TextStream
 
 if TYPE_CHECKING:
     from lcore.models import Decoder, HybridDecoder, MambaDecoder
-
-
-_NO_PAGES = 1 << 62  # one page for any text: states may be cut back to any place of the last step
 
 
 class Generator:
@@ -238,8 +236,7 @@ class Generator:
         if self.speculate is None:
             return None
         drafter = self.speculate.begin(self.model, cache, sampling)
-        page_size = getattr(cache, "page_size", _NO_PAGES)
-        return Speculation(drafter, self.speculate.most, cache.batch_size, page_size)
+        return Speculation(drafter, self.speculate.most, cache.batch_size, getattr(cache, "page_size", NO_PAGES))
 
     def _warn_beyond_training(self, length: int) -> None:
         limit = self.model.config.max_position_embeddings
