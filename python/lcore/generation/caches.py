@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lcore.cache import PagedCache, PrefixCache, StateCache
+from lcore.cache import PagedCache, PrefixCache
 from lcore.cache.overflow import Folder, overflow_folder
 from lcore.cache.policies import Policy
 from lcore.cache.selection import Selection
@@ -18,9 +18,14 @@ from lcore.generation.memory import free_bytes, reserve, workspace_bytes
 from lcore.generation.planner import context_room, model_planner
 from lcore.generation.reuse import Reuse
 from lcore.generation.sampling import check_int
+from lcore.models.causal_lm import cache_kind
 
 if TYPE_CHECKING:
     from lcore.models import Decoder
+
+
+# Between checkpoints of recurrent states: what a prompt that begins as one before has to read again at most.
+CHECKPOINT_TOKENS = 512
 
 
 class Caches:
@@ -71,6 +76,8 @@ class Caches:
         """An empty cache whose pages are its own."""
         select = {} if self.select is None else {"select": self.select}
         options = {"kv_format": self.kv_format, **self._limits, **options, **select, **self._plain}
+        if self._kind == "HybridCache":
+            options["checkpoint_every"] = CHECKPOINT_TOKENS
         return self.model.new_cache(rows, **options)
 
     def for_prompts(self, prompts: list[Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
@@ -85,8 +92,7 @@ class Caches:
 
     def make_room(self, cache: PagedCache, new_tokens: list[int]) -> None:
         """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
-        paged = not isinstance(cache, StateCache)
-        require_type(paged, "Generator", "cache", "be a PagedCache, as the model's new_cache() makes it", "StateCache")
+        self._check_kind(cache)
         model, rows = self.model, len(new_tokens)
         if self.context is not None and not cache.seen().any():
             planner = model_planner(model, rows, self.prefill_chunk, overflow=cache.overflow, **self._plain)
@@ -97,6 +103,14 @@ class Caches:
         if self.prefixes is not None and isinstance(cache, PagedCache):
             make_free = partial(self.prefixes.make_free, cache)
         reserve(cache, new_tokens, workspace, free_bytes(model.device), chunk, make_free)
+
+    @property
+    def _kind(self) -> str:
+        return getattr(self.model, "cache_kind", "PagedCache")
+
+    def _check_kind(self, cache: PagedCache) -> None:
+        kind, rule = cache_kind(cache), f"be a {self._kind}, as the model's new_cache() makes it"
+        require_type(kind == self._kind, "Generator", "cache", rule, kind)
 
     def _for_prompts(self, prompts: list[Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
         as_read = self.select is None or not (self.select.prefill or self.select.observes)

@@ -1,21 +1,50 @@
-"""Some rows of a cache as a cache of their own, so that rows which are done take no part in a step."""
+"""The rows of a batch; and some rows of a cache as a cache of their own, so that those which are done take no part."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcore.cache import StateCache
+from lcore.cache import StateCache, states_of
+from lcore.generation.events import Reason
+from lcore.generation.text import TextStream
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.positions import Rotation
 
 
+@dataclass
+class Row:
+    """One sequence of the batch."""
+
+    index: int
+    prompt: torch.Tensor  # (tokens,) int64
+    position: int  # of the next token that is not certain, or not in the cache
+    text: TextStream
+    known: int = 0  # tokens of the cache that the caller knows of: not those of tokens that have not been yielded yet
+    read: int = 0  # tokens of the prompt that the cache holds
+    reused: int = 0  # those of them that it held from the start
+    written: list[int] = field(default_factory=list)  # tokens generated
+    logits: torch.Tensor | None = None  # (1 + drafts, vocab) float32, of the tokens from `position` on
+    drafts: list[int] = field(default_factory=list)  # in the cache, from `position` on, and not judged yet
+    next: int | None = None  # the token at `position`, when it is certain
+    drafted: int = 0
+    accepted: int = 0
+    reason: Reason | None = None
+
+    @property
+    def left(self) -> int:
+        return len(self.prompt) - self.read
+
+
 class ActiveRows:
-    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append and attend.
+    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append, attend and
+    states.
 
     The model computes these rows only. Their keys, values and queries go to the whole cache with length 0 for the other
     rows, whose part of the tensors is neither written nor read.
@@ -25,6 +54,11 @@ class ActiveRows:
         self._cache = cache
         self._index = torch.tensor(index)
         self.batch_size = len(index)
+
+    @cached_property
+    def states(self) -> StateCache | None:
+        whole = states_of(self._cache)
+        return None if whole is None else whole.rows(self._index)
 
     def layer_rope(self, layer: int) -> Rotation | None:
         return self._cache.layer_rope(layer)
