@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,38 +11,14 @@ import torch
 from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
 from lcore.generation.memory import peak_bytes
 from lcore.generation.progress import Clock, causal_pairs
-from lcore.generation.rows import active_rows
+from lcore.generation.row import Row
+from lcore.generation.rows import JudgedApart, active_rows
 from lcore.generation.sampling import Sampling, sample
-from lcore.generation.text import TextStream
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.generation.speculation import Speculation
     from lcore.models import Decoder
-
-
-@dataclass
-class Row:
-    """One sequence of the batch."""
-
-    index: int
-    prompt: torch.Tensor  # (tokens,) int64
-    position: int  # of the next token that is not certain, or not in the cache
-    text: TextStream
-    known: int = 0  # tokens of the cache that the caller knows of: not those of tokens that have not been yielded yet
-    read: int = 0  # tokens of the prompt that the cache holds
-    reused: int = 0  # those of them that it held from the start
-    written: list[int] = field(default_factory=list)  # tokens generated
-    logits: torch.Tensor | None = None  # (1 + drafts, vocab) float32, of the tokens from `position` on
-    drafts: list[int] = field(default_factory=list)  # in the cache, from `position` on, and not judged yet
-    next: int | None = None  # the token at `position`, when it is certain
-    drafted: int = 0
-    accepted: int = 0
-    reason: Reason | None = None
-
-    @property
-    def left(self) -> int:
-        return len(self.prompt) - self.read
 
 
 class Loop:
@@ -146,7 +121,7 @@ class Loop:
             if step:
                 self._draft([row for row in step if row.reason is None])
                 fed = {row.index: torch.tensor([row.next, *row.drafts]) for row in step}
-                logits = self._forward(fed, last_only=not any(row.drafts for row in step))
+                logits = self._forward(fed, judges=any(row.drafts for row in step))
                 for row in step:
                     row.position += 1
                     row.logits = logits[row.index]
@@ -233,18 +208,20 @@ class Loop:
         )
         return Done(reason, stats, row.index)
 
-    def _forward(self, tokens: dict[int, torch.Tensor], *, last_only: bool = True) -> dict[int, torch.Tensor]:
-        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or
-        (tokens, vocab) after every one."""
+    def _forward(self, tokens: dict[int, torch.Tensor], *, judges: bool = False) -> dict[int, torch.Tensor]:
+        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or,
+        where it judges drafts, (tokens, vocab) after every one."""
         index, parts = list(tokens), list(tokens.values())
         lengths = torch.tensor([len(part) for part in parts])
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
         cache = self._cache if len(index) == len(self._rows) else active_rows(self._cache, index)
+        if judges and self._cache.select is not None:
+            cache = JudgedApart(cache)
         ragged = int(lengths.min()) < padded.shape[1]
         try:
             with torch.no_grad():
                 logits = self._model(
-                    padded.to(self._model.device), cache, last_only=last_only, lengths=lengths if ragged else None
+                    padded.to(self._model.device), cache, last_only=not judges, lengths=lengths if ragged else None
                 )
         except BaseException:
             # Some layers may hold tokens of this step and some not: back to where the step began.
@@ -253,4 +230,4 @@ class Loop:
             except ValueError:  # a layer has evicted tokens of this step: the layers cannot be brought together again
                 self._cache.close()
             raise
-        return {row: x if last_only else x[: len(part)] for row, x, part in zip(index, logits, parts, strict=True)}
+        return {row: x[: len(part)] if judges else x for row, x, part in zip(index, logits, parts, strict=True)}

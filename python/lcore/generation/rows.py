@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from lcore.positions import Rotation
 
 
+class JudgedApart:
+    """A cache, or some rows of one, whose queries each read the pages that they would read alone."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.batch_size: int = cache.batch_size
+        self.layer_rope, self.seen, self.append = cache.layer_rope, cache.seen, cache.append
+
+    def attend(self, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor:
+        out: torch.Tensor = self._cache.attend(layer, q, separately=True, **options)
+        return out
+
+
 class ActiveRows:
     """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append and attend.
 
