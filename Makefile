@@ -14,6 +14,8 @@ COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>
 SANITIZED       := build/sanitize
 SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py tests/test_cache*.py) \
                    $(wildcard tests/test_key_mass*.py tests/test_page_*.py tests/test_policies*.py tests/test_trim.py) \
+                   $(wildcard tests/test_select_pages.py tests/test_selection*.py tests/test_plain_pages.py) \
+                   $(wildcard tests/test_placement*.py tests/test_prefix_*.py tests/test_*_index.py) tests/test_runtime.py \
                    $(wildcard tests/test_selective_*.py tests/test_causal_conv1d*.py tests/test_linear_attention_*.py) \
                    tests/test_gated_linear_attention.py tests/test_ssd.py \
                    tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
