@@ -94,3 +94,29 @@ def draw_cache(result: dict[str, Any], path: str) -> None:
     axes.set_yscale("log")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def draw_hybrid(result: dict[str, Any], path: str) -> None:
+    """Recall, speed of reading and of writing, and bytes kept over length, a line a model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(f"how a layer remembers: {result['machine']['processor']}")
+    panels = (
+        ("recall", "needles found", "linear"),
+        ("kbytes", "kB kept", "log"),
+        ("prefill_tokens_per_s", "tokens/s read", "log"),
+        ("decode_tokens_per_s", "tokens/s written", "log"),
+    )
+    rows = [row for row in result["rows"] if row["kind"] == "hybrid"]
+    for place, (column, unit, scale) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, 2, place, xlabel="tokens", ylabel=unit)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale(scale)
+        for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            line = [(row["tokens"], row[column]) for row in rows if row["model"] == model]
+            axes.plot(*zip(*line, strict=True), "o-", color=f"C{number}", label=model)
+        if scale == "linear":
+            axes.set_ylim(0, 1.03)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
