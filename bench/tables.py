@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.hybrid_tables import HYBRID
 from bench.machine import Row
 
 Column = tuple[str, Callable[[Row], str]]
@@ -161,12 +162,6 @@ COLUMNS: dict[str, list[Column]] = {
         ("GB/s of states", _show("gbytes_per_s", "{:.1f}")), ("of copy", _show("of_copy", "{:.0%}")),
         ("over torch", _show("speedup", "{:.2f}×")),
     ],
-    "hybrid": [
-        ("model", _show("model")), ("tokens", _show("tokens")),
-        ("needles found", lambda row: f"{row['found']} of {row['of']}"), ("recall", _show("recall", "{:.0%}")),
-        ("prompt tokens/s", _show("prefill_tokens_per_s", "{:.0f}")),
-        ("written tokens/s", _show("decode_tokens_per_s", "{:.0f}")), ("kB kept", _show("kbytes", "{:.0f}")),
-    ],
     "memory": [
         *_SHAPE, ("outputs MB", _show("output_mbytes", "{:.1f}")), ("extra MB", _show("extra_mbytes", "{:.1f}")),
         ("torch extra MB", _show("torch_extra_mbytes", "{:.1f}")),
@@ -182,6 +177,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("what", _show("name")), ("dtype", _show("dtype")), ("head_dim", _show("head_dim")),
         ("ratio", _show("ratio", "{:.2f}")), ("ideal", _show("ideal", "{:.2f}")),
     ],
+    **HYBRID,
 }  # fmt: skip
 
 

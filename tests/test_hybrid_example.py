@@ -1,6 +1,6 @@
 """examples/hybrid: it learns, its caches continue what a full pass computes, and the evaluation writes its file."""
 
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -106,16 +106,24 @@ def test_the_evaluation_writes_its_file(example, tmp_path, monkeypatch, one_thre
     model = example["hybrid_model"]
     for kind in ("delta", "hybrid"):
         model.HybridDecoder(model.MODELS[kind]).save(tmp_path / f"{kind}.safetensors")
-    out = tmp_path / "result.json"
+    out, picture = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--lengths", "128,256", "--needles", "2", "--samples", "2", "--seconds", "0.01", "--json", str(out)]
+    options += ["--loads", "1,3", "--load-length", "256"]
+    if importlib.util.find_spec("matplotlib"):
+        options += ["--plot", str(picture)]
     monkeypatch.setattr(sys, "argv", ["evaluate_hybrid.py", "--folder", str(tmp_path), *options])
     example["evaluate_hybrid"].main()
+    assert picture.exists() == ("--plot" in options)
     written = json.loads(out.read_text())
     assert written["machine"]["cpu_isa"] and written["peaks"]["fma_gflops"] > 0
-    assert [(row["model"], row["tokens"]) for row in written["rows"]] == [
-        ("delta", 128), ("hybrid", 128), ("delta", 256), ("hybrid", 256),
-    ]  # fmt: skip
-    for row in written["rows"]:
-        assert 0 <= row["recall"] <= 1 and row["of"] == 4
-        assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
-        assert row["state_bytes"] > 0 and (row["page_bytes"] > 0) == (row["model"] == "hybrid")
+    recall, speed = (
+        [row for row in written["rows"] if row["kind"] == f"hybrid_{kind}"] for kind in ("recall", "speed")
+    )
+    assert [(row["tokens"], row["needles"]) for row in recall] == [(128, 2), (256, 2), (256, 1), (256, 3)]
+    assert all(row["asked"] == 2 * row["needles"] for row in recall)
+    assert all(0 <= share <= 1 for row in recall for share in row["recall"].values())
+    assert len(speed) == 2
+    for row in speed:
+        for measure in ("read_tokens_per_s", "written_tokens_per_s", "state_bytes"):
+            assert set(row[measure]) == {"delta", "hybrid"} and min(row[measure].values()) > 0
+        assert row["page_bytes"]["delta"] == 0 < row["page_bytes"]["hybrid"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -73,55 +72,43 @@ def reader(model: HybridDecoder, tokens: torch.Tensor) -> HybridCache:
     return cache
 
 
-def reread(model: HybridDecoder, tokens: torch.Tensor) -> None:
-    reader(model, tokens).close()
-
-
 @torch.no_grad()
-def measure(
-    models: dict[str, HybridDecoder], documents: Documents, length: int, needles: int, samples: int, seconds: float
-) -> list[Row]:
-    """A row a model: recall over `samples` documents, speed and bytes on the first of them."""
+def recall_row(models: dict[str, HybridDecoder], documents: Documents, length: int, needles: int, samples: int) -> Row:
+    """The share of `needles` needles that each model finds, over `samples` documents."""
     found = dict.fromkeys(models, 0)
-    caches: dict[str, HybridCache] = {}
     for seed in range(samples):
         tokens, hidden = documents.draw(length, needles, seed)
         for name, model in models.items():
             cache = reader(model, tokens)
             found[name] += sum(documents.found(model, cache, needle) for needle in hidden)
-            if seed == 0:
-                caches[name] = cache
-            else:
-                cache.close()
-    tokens, _ = documents.draw(length, needles, 0)
-    one = tokens[:, -1:]
-    prefill = median_seconds({name: partial(reread, model, tokens) for name, model in models.items()}, seconds)
-    sizes = {name: cache.bytes() for name, cache in caches.items()}
-    decode = median_seconds({name: partial(models[name], one, caches[name]) for name in models}, seconds)
-    rows = []
-    for name, model in models.items():
-        pages, states = sizes[name]
-        rows.append({
-            "kind": "hybrid", "model": name, "layers": list(model.mixers), "tokens": length,
-            "found": found[name], "of": samples * needles, "recall": found[name] / (samples * needles),
-            "prefill_tokens_per_s": tokens.shape[1] / prefill[name], "decode_tokens_per_s": 1 / decode[name],
-            "page_bytes": pages, "state_bytes": states, "kbytes": (pages + states) / 1e3,
-        })  # fmt: skip
-        caches[name].close()
-    return rows
+            cache.close()
+    asked = samples * needles
+    recall = {name: right / asked for name, right in found.items()}
+    return {"kind": "hybrid_recall", "tokens": length, "needles": needles, "asked": asked, "recall": recall}
 
 
-def evaluate(
-    models: dict[str, HybridDecoder], lengths: Sequence[int], *, needles: int, samples: int, seconds: float
-) -> list[Row]:
-    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
-    documents = Documents(tokenizer, stdlib_text(split="eval"))
-    rows = []
-    for length in lengths:
-        begin = time.perf_counter()
-        rows += measure(models, documents, length, needles, samples, seconds)
-        print(f"{length:,} tokens, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    return rows
+@torch.no_grad()
+def speed_row(models: dict[str, HybridDecoder], tokens: torch.Tensor, seconds: float) -> Row:
+    """Tokens/s of each model that reads `tokens` and that writes behind them, and the bytes it keeps in between."""
+    caches: dict[str, HybridCache] = {}
+
+    def reread(name: str) -> None:
+        if name in caches:
+            caches[name].close()
+        caches[name] = reader(models[name], tokens)
+
+    count = tokens.shape[1]
+    prefill = median_seconds({name: partial(reread, name) for name in models}, seconds)
+    pages, states = ({name: cache.bytes()[part] for name, cache in caches.items()} for part in (0, 1))
+    decode = median_seconds({name: partial(models[name], tokens[:, -1:], caches[name]) for name in models}, seconds)
+    for cache in caches.values():
+        cache.close()
+    return {
+        "kind": "hybrid_speed", "tokens": count, "page_bytes": pages, "state_bytes": states,
+        "kbytes": {name: (pages[name] + states[name]) / 1e3 for name in models},
+        "read_tokens_per_s": {name: count / time for name, time in prefill.items()},
+        "written_tokens_per_s": {name: 1 / time for name, time in decode.items()},
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -129,7 +116,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/hybrid"), help="where train_hybrid.py wrote")
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,32768", help="tokens, questions included")
     parser.add_argument("--needles", type=int, default=16, help="needles, and questions, in each document")
-    parser.add_argument("--samples", type=int, default=4, help="documents of each length")
+    parser.add_argument("--loads", default="4,8,32,64", help="other numbers of needles, at the length of --load-length")
+    parser.add_argument("--load-length", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=4, help="documents of each length and number of needles")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each timing")
     parser.add_argument("--json", metavar="FILE", help='write the result as JSON ("-": print it)')
     parser.add_argument("--plot", metavar="FILE", help="draw the result")
@@ -140,8 +129,16 @@ def main() -> None:
     models = {name: HybridDecoder.load(file) for name, file in files.items() if file.exists()}
     if not models:
         raise SystemExit(f"{args.folder} holds no model: run examples/hybrid/train_hybrid.py first")
-    lengths = [int(length) for length in args.lengths.split(",")]
-    rows = evaluate(models, lengths, needles=args.needles, samples=args.samples, seconds=args.seconds)
+    documents = Documents(Tokenizer.from_folder(BUNDLED_MODEL), stdlib_text(split="eval"))
+    rows: list[Row] = []
+    todo = [(int(length), args.needles) for length in args.lengths.split(",")]
+    loads = [(args.load_length, int(load)) for load in args.loads.split(",") if load]
+    for length, needles in todo + loads:
+        begin = time.perf_counter()
+        rows.append(recall_row(models, documents, length, needles, args.samples))
+        if (length, needles) in todo:
+            rows.append(speed_row(models, documents.draw(length, needles, 0)[0], args.seconds))
+        print(f"{length:,} tokens, {needles} needles: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     content = result("hybrid", peaks(), rows)
     show(content)
     if args.json:

@@ -32,8 +32,8 @@ STAGES = (
     Stage(steps=60, batch=12, window=96, needles=2, questions=2),
     Stage(steps=100, batch=12, window=128, needles=3, questions=3),
     Stage(steps=150, batch=8, window=256, needles=6, questions=6),
-    Stage(steps=120, batch=4, window=512, needles=12, questions=12),
-    Stage(steps=100, batch=3, window=1024, needles=24, questions=24),
+    Stage(steps=50, batch=4, window=512, needles=12, questions=12),
+    Stage(steps=40, batch=3, window=1024, needles=24, questions=24),
 )
 SMOKE_STAGES = (Stage(steps=5, batch=2, window=256, needles=6, questions=6),)
 
