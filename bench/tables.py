@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.hybrid_tables import HYBRID
 from bench.machine import Row
 
 Column = tuple[str, Callable[[Row], str]]
@@ -187,6 +188,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("what", _show("name")), ("dtype", _show("dtype")), ("head_dim", _show("head_dim")),
         ("ratio", _show("ratio", "{:.2f}")), ("ideal", _show("ideal", "{:.2f}")),
     ],
+    **HYBRID,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from lcore._runtime import PageAllocator, PrefixIndex
