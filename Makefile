@@ -84,6 +84,7 @@ bench: build
 	$(BIN)/python -m bench.recurrent
 	$(BIN)/python -m bench.linear_attention
 	$(BIN)/python -m bench.recurrent_models
+	$(BIN)/python -m bench.rwkv4_wkv
 
 # The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
 bench-cpp:
