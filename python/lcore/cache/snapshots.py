@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,7 +64,7 @@ class Snapshots:
         """How many tokens, at most `most`, the longest known beginning of a text has, and the states after it."""
         text = tokens.numpy()
         with self._lock:
-            found = max(self._fitting(namespace, text, most), default=(0, -1))
+            found = max(self._fitting(namespace, text, 1, most), default=(0, -1))
             if not found[0]:
                 self.misses += 1
                 return 0, None
@@ -77,11 +76,11 @@ class Snapshots:
         """Remembers the states after `tokens`; False where they are known, or larger than all that may be kept."""
         text = tokens.numpy()
         with self._lock:
-            known = [key for size, key in self._fitting(namespace, text, len(text)) if size == len(text)]
+            known = self._fitting(namespace, text, len(text), len(text))
             if known:
-                self._held.move_to_end(known[0])
+                self._held.move_to_end(known[0][1])
                 return False
-            own = tuple(type(state)(*(torch.empty_like(x).copy_(x) for x in state)) for state in states)
+            own = tuple(type(state)(*map(_alone, state)) for state in states)
             new = _Snapshot(namespace, text.astype(np.int32), own)
             if self.max_bytes is not None and new.nbytes > self.max_bytes:
                 return False
@@ -98,12 +97,17 @@ class Snapshots:
             self._held.clear()
             self.nbytes = 0
 
-    def _fitting(self, namespace: bytes, text: NDArray[np.int64], most: int) -> list[tuple[int, int]]:
-        """(tokens, key) of those that a text begins with."""
+    def _fitting(self, namespace: bytes, text: NDArray[np.int64], least: int, most: int) -> list[tuple[int, int]]:
+        """(tokens, key) of those with so many tokens that a text begins with."""
         return [
             (size, key)
             for key, held in self._held.items()
             if held.namespace == namespace
-            and (size := len(held.tokens)) <= min(most, len(text))
+            and least <= (size := len(held.tokens)) <= min(most, len(text))
             and np.array_equal(held.tokens, text[:size])
         ]
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x, or a copy where x is a part of something larger that it would keep alive."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lcore.cache.state_rows import StateRows
 
 MAX_CHECKPOINTS = 16
+# Between checkpoints, where a Generator makes the cache: what a prompt that begins as one before reads again at most.
+CHECKPOINT_TOKENS = 512
 
 
 class StateCache:

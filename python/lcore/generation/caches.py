@@ -13,6 +13,7 @@ from lcore.cache.overflow import Folder, overflow_folder
 from lcore.cache.policies import Policy
 from lcore.cache.selection import Selection
 from lcore.cache.selection.base import check_selection
+from lcore.cache.states import CHECKPOINT_TOKENS
 from lcore.errors import require, require_type
 from lcore.generation.memory import free_bytes, reserve, workspace_bytes
 from lcore.generation.planner import context_room, model_planner
@@ -22,10 +23,6 @@ from lcore.models.causal_lm import cache_kind
 
 if TYPE_CHECKING:
     from lcore.models import Decoder
-
-
-# Between checkpoints of recurrent states: what a prompt that begins as one before has to read again at most.
-CHECKPOINT_TOKENS = 512
 
 
 class Caches:

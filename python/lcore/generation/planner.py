@@ -15,6 +15,7 @@ import torch
 from lcore.cache import PagedCache, StateCache, states_of
 from lcore.cache.checks import MAX_TOKENS
 from lcore.cache.formats import FORMATS, is_coded
+from lcore.cache.states import CHECKPOINT_TOKENS
 from lcore.errors import dtype_name, require
 from lcore.generation.memory import free_bytes, workspace_bytes
 from lcore.models.loading import open_checkpoint
@@ -52,8 +53,8 @@ class Plan:
     """Bytes that a context of `context` tokens in each of `batch` rows needs beside what is `free`.
 
     weights: that are not in memory yet. workspace: of one step that reads `chunk` tokens. In every format the pages,
-    tails and tables are what `PagedCache.stats` counts after `reserve(context)`. states: of recurrent layers, of one
-    size at any length. disk: what is free for pages in a file; None where they are in memory.
+    tails and tables are what `PagedCache.stats` counts after `reserve(context)`. states: of recurrent layers, with
+    the checkpoints that a Generator keeps. disk: what is free for pages in a file; None where they are in memory.
     """
 
     context: int
@@ -150,15 +151,17 @@ class Planner:
 
 
 def cache_bytes(cache: PagedCache | StateCache, tokens: int) -> tuple[int, int, int]:
-    """Bytes of an empty cache after `reserve(tokens)`: of its pages, of its tails, tables and lengths, and of
-    states."""
+    """Bytes of an empty cache after `reserve(tokens)`: of its pages, of its tails, tables and lengths, and of states
+    with their checkpoints."""
     states = states_of(cache)
-    held = 0 if states is None else states.stats()["bytes"]
+    one = 0 if states is None else states.stats()["bytes"]
+    kept = 0 if states is None else min(tokens // (states.checkpoint_every or tokens + 1), states.max_checkpoints)
+    held = one * (1 + kept)
     if isinstance(cache, StateCache):
         return 0, 0, held
     stats = cache.stats()
     pages = cache.pages_for([tokens] * cache.batch_size)
-    rest = int(stats["bytes"]) - int(stats["pool_bytes"]) - held + pages * torch.int32.itemsize
+    rest = int(stats["bytes"]) - int(stats["pool_bytes"]) - one + pages * torch.int32.itemsize
     return pages * int(stats["page_bytes"]), rest, held
 
 
@@ -174,7 +177,9 @@ def model_planner(
         model.config,
         model.dtype,
         mapped,
-        lambda kv_format: model.new_cache(batch, kv_format=kv_format, **(plain if is_coded(kv_format) else {})),
+        lambda kv_format: model.new_cache(
+            batch, kv_format=kv_format, **(plain if is_coded(kv_format) else {}), **_checkpoints(model)
+        ),
         batch=batch,
         prefill_chunk=prefill_chunk,
         free=free,
@@ -192,8 +197,8 @@ def folder_planner(
     sized: Any = model.to(stored)
 
     def new_cache(kv_format: KvFormat) -> PagedCache | StateCache:
-        pages = {} if sized.cache_kind == "StateCache" else {"kv_format": kv_format, "device": "cpu"}
-        return sized.new_cache(batch, **pages)
+        options = {} if sized.cache_kind == "StateCache" else {"kv_format": kv_format, "device": "cpu"}
+        return sized.new_cache(batch, **options, **_checkpoints(sized))
 
     sizes = {"batch": batch, "prefill_chunk": prefill_chunk}
     return Planner(model.config, stored, weights, new_cache, **sizes, overflow=overflow)
@@ -220,6 +225,11 @@ def context_room(planner: Planner, context: int | Literal["auto"], kv_format: Kv
     require(needed <= context, "Generator", "prompt + max_new_tokens", f"fit into context={context:,}", f"{needed:,}")
     planner.require_fits(context, kv_format)
     return context
+
+
+def _checkpoints(model: Any) -> dict[str, int]:
+    """As a Generator makes the caches of a model."""
+    return {} if getattr(model, "cache_kind", "PagedCache") == "PagedCache" else {"checkpoint_every": CHECKPOINT_TOKENS}
 
 
 def _name(cache: PagedCache | StateCache) -> str:

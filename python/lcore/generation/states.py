@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from lcore.cache import PrefixCache
+from lcore.cache.states import CHECKPOINT_TOKENS
 from lcore.errors import message, require_type
-from lcore.generation.caches import CHECKPOINT_TOKENS, Caches
+from lcore.generation.caches import Caches
 from lcore.generation.reuse import Reuse
 
 _UNSET = (None, (), 0)
