@@ -1,4 +1,4 @@
-"""Builds the CUDA emulator once a session and calls the emulated kernels on CPU tensors."""
+"""Builds the CUDA emulator once a session, and lets its kernels take the place of the CPU's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
 KERNELS = ("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes")
-ENTRIES = ["lcore_emulated_merge_states", *(f"lcore_emulator_{name}" for name in KERNELS)]  # return an error's words
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def commanded(*command: object) -> tuple[bool, str]:
@@ -33,7 +32,8 @@ def built() -> tuple[str, str]:
     cmake = shutil.which("cmake")
     if cmake is None:
         return "cmake is not installed", ""
-    done, words = commanded(cmake, "-S", ROOT / "tests" / "emulator", "-B", BUILD)
+    torch_folder = Path(torch.__file__).parent
+    done, words = commanded(cmake, "-S", ROOT / "tests" / "emulator", "-B", BUILD, f"-DTORCH_DIR={torch_folder}")
     if "CUDA_HEADERS" in words:
         return "no CUDA headers: no cuda_runtime.h in $CUDA_HOME/include or /usr/local/cuda/include", ""
     if done:
@@ -43,19 +43,36 @@ def built() -> tuple[str, str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
+    """The emulator; loading it defines torch.ops.lcore_emulated."""
+    missing, failure = built()
+    if missing:
+        pytest.skip(missing)
+    assert not failure, failure
+    torch.ops.load_library(BUILD / "libemulated.so")
     loaded = ctypes.CDLL(str(BUILD / "libemulated.so"))
-    for name in ENTRIES:
-        getattr(loaded, name).restype = ctypes.c_char_p
+    for name in KERNELS:
+        getattr(loaded, f"lcore_emulator_{name}").restype = ctypes.c_char_p
     return loaded
+
+
+@contextmanager
+def cuda_kernels(*ops: str, architecture: int = 80) -> Iterator[None]:
+    """Inside, these ops of torch.ops.lcore run their CUDA kernels on CPU tensors, called from anywhere."""
+    library().lcore_emulator_set_architecture(architecture)
+    override = torch.library.Library("lcore", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+        for op in ops:
+            override.impl(op, getattr(torch.ops.lcore_emulated, op).default, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        override._destroy()
 
 
 @contextmanager
 def emulator(**tensors: Tensor) -> Iterator[ctypes.CDLL]:
     """The emulator, whose kernels may touch these tensors and nothing else."""
-    missing, failure = built()
-    if missing:
-        pytest.skip(missing)
-    assert not failure, failure
     found = library()
     for name, tensor in tensors.items():
         nbytes = ctypes.c_size_t(tensor.numel() * tensor.element_size())
@@ -69,31 +86,6 @@ def emulator(**tensors: Tensor) -> Iterator[ctypes.CDLL]:
 def raise_if(error: bytes) -> None:
     if error:
         raise RuntimeError(error.decode())
-
-
-class MergeParams(ctypes.Structure):
-    """csrc/core/merge_states.h"""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("out_a", "out_b", "lse_a", "lse_b", "out", "lse")),
-        *((name, ctypes.c_int64) for name in ("batch", "seq", "heads", "head_dim")),
-    )
-
-
-def merge_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, architecture: int = 80
-) -> tuple[Tensor, Tensor]:
-    """lcore.merge_states of (batch, seq, heads, head_dim) by the CUDA kernel."""
-    memory = {"out_a": out_a, "out_b": out_b, "lse_a": lse_a, "lse_b": lse_b}
-    memory |= {"out": torch.full_like(out_a, torch.nan), "lse": torch.full_like(lse_a, torch.nan)}
-    assert all(x.is_contiguous() for x in memory.values())
-    pointers = (x.data_ptr() for x in memory.values())
-    with emulator(**memory) as emulated:
-        emulated.lcore_emulator_set_architecture(architecture)
-        params = MergeParams(DTYPES[out_a.dtype], *pointers, *out_a.shape)
-        raise_if(emulated.lcore_emulated_merge_states(ctypes.byref(params)))
-    return memory["out"], memory["lse"]
 
 
 class Gemm(ctypes.Structure):

@@ -7,22 +7,28 @@
 namespace lcore::cuda {
 namespace {
 
-// 10 * major + minor of the current device.
-int architecture() {
+// 10 * major + minor of the current device, which must be sm_80 or later.
+int architecture(const char* op) {
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return 10 * major + minor;
+  const int arch = 10 * major + minor;
+  if (arch >= 80) return arch;
+  throw std::runtime_error(std::string("lcore.") + op + ": the GPU must be sm_80 or later, got sm_" +
+                           std::to_string(arch));
 }
 
 }  // namespace
 
-void merge_states(const MergeParams& params, cudaStream_t stream) {
-  const int arch = architecture();
-  if (arch == 90) return sm90::merge_states(params, stream);
-  if (arch >= 80) return generic::merge_states(params, stream);
-  throw std::runtime_error("lcore.merge_states: the GPU must be sm_80 or later, got sm_" + std::to_string(arch));
+void merge_states(const MergeParams& params, Stream& stream) {
+  architecture("merge_states");
+  generic::merge_states(params, stream);
+}
+
+void merge_states_backward(const MergeGradParams& params, Stream& stream) {
+  architecture("merge_states");
+  generic::merge_states_backward(params, stream);
 }
 
 }  // namespace lcore::cuda

@@ -1,22 +1,20 @@
-// The CUDA kernels as the host sees them: one function an op, which picks the architecture family.
+// The CUDA kernels as the host sees them: one function an op, named as in cpu/kernels.h, which picks the family of
+// architectures.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "core/merge_states.h"
+#include "cuda/stream.h"
 
 namespace lcore::cuda {
 
-// Compiled for sm_80 and, through PTX, every later chip.
+// Compiled for sm_80 and sm_90a and, through PTX, for every later chip.
 namespace generic {
-void merge_states(const MergeParams& params, cudaStream_t stream);
-}
-// Compiled for sm_90a: Hopper only.
-namespace sm90 {
-void merge_states(const MergeParams& params, cudaStream_t stream);
-}
+void merge_states(const MergeParams& params, Stream& stream);
+void merge_states_backward(const MergeGradParams& params, Stream& stream);
+}  // namespace generic
 
-// Throws std::runtime_error on a chip older than sm_80, naming it.
-void merge_states(const MergeParams& params, cudaStream_t stream);
+// Each throws std::runtime_error on a chip older than sm_80, naming it.
+void merge_states(const MergeParams& params, Stream& stream);
+void merge_states_backward(const MergeGradParams& params, Stream& stream);
 
 }  // namespace lcore::cuda

@@ -1,6 +1,6 @@
 #include "torch/library.h"
 
-#include "cpu/kernels.h"
+#include "torch/device.h"
 
 namespace lcore {
 
@@ -45,7 +45,7 @@ Strided strided(const Tensor& tensor) {
 }
 
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, std::optional<ScalarType> type) {
-  return torch::stable::new_empty(like, shape, type);
+  return poisoned(torch::stable::new_empty(like, shape, type));
 }
 
 std::string shape_text(const Tensor& tensor) {
@@ -54,23 +54,4 @@ std::string shape_text(const Tensor& tensor) {
   return text + ")";
 }
 
-namespace {
-
-// key=value lines about this build and this machine, for lcore.build_info().
-std::string build_facts() {
-  std::string facts = std::string("version=") + LCORE_VERSION + "\ncpu_isa=" + cpu::kernels().isa +
-                      "\ncpu_isas_built=" + cpu::built_isas() + "\ncuda_archs=";
-#ifdef LCORE_WITH_CUDA
-  facts += LCORE_CUDA_ARCHS;
-#endif
-  return facts;
-}
-
-}  // namespace
 }  // namespace lcore
-
-STABLE_TORCH_LIBRARY(lcore, m) { m.def("_build_facts() -> str"); }
-
-STABLE_TORCH_LIBRARY_IMPL(lcore, CompositeExplicitAutograd, m) {
-  m.impl("_build_facts", LCORE_BOX(lcore::build_facts));
-}

@@ -1,9 +1,9 @@
-// lcore::merge_states and its backward on CPU tensors.
-#include "torch/merge_states.h"
+// lcore::merge_states and its backward.
+#include "core/merge_states.h"
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
+#include "torch/device.h"
 
 namespace lcore {
 namespace {
@@ -12,7 +12,13 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
 }
 
-}  // namespace
+Tensor like(const Tensor& x) { return new_tensor(x, {x.sizes().begin(), x.sizes().end()}); }
+
+// The tensors of a merge as a kernel sees them, contiguous; holds them for as long as the kernel runs.
+struct MergeTensors {
+  Tensor out_a, lse_a, out_b, lse_b, out, lse;
+  MergeParams params;
+};
 
 MergeTensors merge_tensors(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
   using torch::headeronly::ScalarType;
@@ -22,13 +28,7 @@ MergeTensors merge_tensors(const Tensor& out_a, const Tensor& lse_a, const Tenso
   require(same_shape(out_a, out_b) && out_a.scalar_type() == out_b.scalar_type(), op,
           "out_b must have out_a's shape and dtype, got " + shape_text(out_b));
   const auto wanted = out_a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  MergeTensors t{torch::stable::contiguous(out_a),
-                 torch::stable::contiguous(lse_a),
-                 torch::stable::contiguous(out_b),
-                 torch::stable::contiguous(lse_b),
-                 torch::stable::empty_like(torch::stable::contiguous(out_a)),
-                 torch::stable::empty_like(torch::stable::contiguous(lse_a)),
-                 MergeParams{}};
+  MergeTensors t{dense(out_a), dense(lse_a), dense(out_b), dense(lse_b), like(out_a), like(lse_a), MergeParams{}};
   MergeParams& p = t.params;
   p.type = dtype_of(out_a);
   p.batch = rank == 4 ? out_a.size(0) : 1;
@@ -49,12 +49,9 @@ MergeTensors merge_tensors(const Tensor& out_a, const Tensor& lse_a, const Tenso
   return t;
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor> merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   MergeTensors t = merge_tensors(out_a, lse_a, out_b, lse_b);
-  TorchExecutor executor;
-  cpu::kernels().merge_states(t.params, executor);
+  LCORE_RUN(merge_states, out_a, t.params)
   return {t.out, t.lse};
 }
 
@@ -64,27 +61,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(Tensor dout, Te
   require(same_shape(dout, t.out) && dout.scalar_type() == t.out.scalar_type() && same_shape(dlse, t.lse) &&
               dlse.scalar_type() == t.lse.scalar_type(),
           "merge_states_backward", "dout and dlse must have the shapes and dtypes of out and lse");
-  const Tensor dense_dout = torch::stable::contiguous(dout), dense_dlse = torch::stable::contiguous(dlse);
-  Tensor dout_b = torch::stable::empty_like(t.out), dlse_b = torch::stable::empty_like(t.lse);
+  const Tensor dense_dout = dense(dout), dense_dlse = dense(dlse);
+  Tensor dout_b = like(out_b), dlse_b = like(lse_b);
   // The forward's results are not needed: their buffers take the gradients of a.
   const MergeGradParams g{t.params,         dense_dout.data_ptr(), dense_dlse.data_ptr(), t.out.data_ptr(),
                           t.lse.data_ptr(), dout_b.data_ptr(),     dlse_b.data_ptr()};
-  TorchExecutor executor;
-  cpu::kernels().merge_states_backward(g, executor);
+  LCORE_RUN(merge_states_backward, out_a, g)
   return {t.out, t.lse, dout_b, dlse_b};
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_states_backward(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
       " -> (Tensor dout_a, Tensor dlse_a, Tensor dout_b, Tensor dlse_b)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
-  m.impl("merge_states", LCORE_BOX(lcore::merge_states));
-  m.impl("merge_states_backward", LCORE_BOX(lcore::merge_states_backward));
+LCORE_KERNELS(m) {
+  m.impl<lcore::merge_states>("merge_states");
+  m.impl<lcore::merge_states_backward>("merge_states_backward");
 }

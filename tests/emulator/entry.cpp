@@ -1,10 +1,7 @@
-// The ops as Python calls them.
-#include "entry.h"
-
+// What Python tells the emulator about memory, for kernels that are not ops.
 #include <memory>
 #include <vector>
 
-#include "cuda/kernels.h"
 #include "memory.h"
 
 namespace {
@@ -18,9 +15,5 @@ void lcore_emulator_register(const void* memory, size_t bytes, const char* name)
 }
 
 void lcore_emulator_forget() { registered.clear(); }
-
-const char* lcore_emulated_merge_states(const lcore::MergeParams* params) {
-  return lcore::emulator::guarded([=] { lcore::cuda::merge_states(*params, nullptr); });
-}
 
 }  // extern "C"

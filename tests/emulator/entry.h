@@ -2,7 +2,10 @@
 #pragma once
 
 #include <exception>
+#include <stdexcept>
 #include <string>
+
+#include "cuda/stream.h"
 
 namespace lcore::emulator {
 
@@ -16,6 +19,16 @@ const char* guarded(F&& f) {
     error = e.what();
   }
   return error.c_str();
+}
+
+// For kernels that need no scratch memory.
+inline cuda::Stream& no_stream() {
+  struct NoStream final : cuda::Stream {
+    NoStream() : Stream(nullptr) {}
+    void* scratch(size_t) override { throw std::logic_error("this stream has no memory"); }
+  };
+  static NoStream stream;
+  return stream;
 }
 
 }  // namespace lcore::emulator

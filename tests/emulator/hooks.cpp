@@ -26,6 +26,8 @@ void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, Access::kWrite
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
+void __tsan_vptr_update(void*, void*) {}  // of host objects: kernels have no virtual functions
+void __tsan_vptr_read(void*) {}
 
 // The layout of the compiler's static records is its own; of them only where the code lies is used.
 struct SourceLocation {

@@ -6,12 +6,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/stream.h"
 #include "grid.h"
 
 namespace lcore::cuda {
 
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("lcore: ") + what + " failed");
+inline void check(cudaError_t status, const std::string& what) {
+  if (status != cudaSuccess) throw std::runtime_error("lcore: " + what + " failed");
 }
 
 // Not instrumented: it reads host memory, as a launch does.
@@ -21,7 +22,7 @@ __attribute__((no_sanitize("thread"))) void invoke(const void* kernel, const voi
 }
 
 template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Params& params) {
+void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, Stream&, const Params& params) {
   emulator::run({reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, &params, invoke<Params>});
 }
 

@@ -150,6 +150,6 @@ const std::map<std::string, Case>& cases() {
 extern "C" const char* lcore_emulator_async(const char* name, float* data) {
   return lcore::emulator::guarded([=] {
     const Case& c = cases().at(name);
-    launch(c.kernel, dim3(1), dim3(64), 0, nullptr, Async{data, c.n});
+    launch(c.kernel, dim3(1), dim3(64), 0, lcore::emulator::no_stream(), Async{data, c.n});
   });
 }

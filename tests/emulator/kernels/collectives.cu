@@ -41,6 +41,7 @@ __global__ void collectives(Results p) {
 }
 
 extern "C" const char* lcore_emulator_collectives(int* out, int* sums, int blocks) {
-  return lcore::emulator::guarded(
-      [=] { lcore::cuda::launch(collectives, dim3(blocks), dim3(64), 0, nullptr, Results{out, sums}); });
+  return lcore::emulator::guarded([=] {
+    lcore::cuda::launch(collectives, dim3(blocks), dim3(64), 0, lcore::emulator::no_stream(), Results{out, sums});
+  });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
+#include "entry.h"
 
 struct Gemm {
   const void* a;  // (m, k)
@@ -39,5 +40,5 @@ __global__ void gemm_words(Gemm p) {
 }
 
 inline void launch_gemm(void (*kernel)(Gemm), const Gemm& p) {
-  lcore::cuda::launch(kernel, dim3(p.n / 8, p.m / 16), dim3(32), 0, nullptr, p);
+  lcore::cuda::launch(kernel, dim3(p.n / 8, p.m / 16), dim3(32), 0, lcore::emulator::no_stream(), p);
 }

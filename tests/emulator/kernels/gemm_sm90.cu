@@ -56,12 +56,13 @@ const char* lcore_emulator_gemm_fp8(const Gemm* p) {
 }
 
 const char* lcore_emulator_store_fragments(const Matrices* p) {
-  return lcore::emulator::guarded([=] { launch(store_fragments, dim3(1), dim3(32), 0, nullptr, *p); });
+  return lcore::emulator::guarded(
+      [=] { launch(store_fragments, dim3(1), dim3(32), 0, lcore::emulator::no_stream(), *p); });
 }
 
 const char* lcore_emulator_count_bytes(float* out, int announced, int brought) {
   return lcore::emulator::guarded(
-      [=] { launch(count_bytes, dim3(1), dim3(64), 0, nullptr, Bytes{out, announced, brought}); });
+      [=] { launch(count_bytes, dim3(1), dim3(64), 0, lcore::emulator::no_stream(), Bytes{out, announced, brought}); });
 }
 
 }  // extern "C"
