@@ -45,7 +45,7 @@ ROUNDS = (
         Stage(steps=30, batch=1, window=2048, needles=32, questions=32),
     ),
 )
-SMOKE_ROUNDS = ((Stage(steps=5, batch=2, window=256, needles=6, questions=6),),) * 2
+SMOKE_ROUNDS = ((Stage(steps=2, batch=2, window=256, needles=6, questions=6),),) * 2
 
 
 def main() -> None:
