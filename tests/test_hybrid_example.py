@@ -102,10 +102,10 @@ def test_the_loss_falls_and_the_checkpoint_comes_back(example, tmp_path, one_thr
         assert torch.equal(loaded.get_parameter(name), weight.bfloat16().float()), name
 
 
-def test_the_evaluation_writes_its_file(example, tmp_path, monkeypatch, one_thread):
-    model = example["hybrid_model"]
-    for kind in ("delta", "hybrid"):
-        model.HybridDecoder(model.MODELS[kind]).save(tmp_path / f"{kind}.safetensors")
+def test_what_is_trained_is_evaluated_into_a_file(example, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(sys, "argv", ["train_hybrid.py", "--smoke", "--models", "delta,hybrid", "--out", str(tmp_path)])
+    example["train_hybrid"].main()
+    assert {file.name for file in tmp_path.iterdir()} == {"delta.safetensors", "hybrid.safetensors"}
     out, picture = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--lengths", "128,256", "--needles", "2", "--samples", "2", "--seconds", "0.01", "--json", str(out)]
     options += ["--loads", "1,3", "--load-length", "256"]

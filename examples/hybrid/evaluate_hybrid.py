@@ -130,7 +130,7 @@ def main() -> None:
     if not models:
         raise SystemExit(f"{args.folder} holds no model: run examples/hybrid/train_hybrid.py first")
     documents = Documents(Tokenizer.from_folder(BUNDLED_MODEL), stdlib_text(split="eval"))
-    rows: list[Row] = []
+    ceilings, rows = peaks(), list[Row]()
     todo = [(int(length), args.needles) for length in args.lengths.split(",")]
     loads = [(args.load_length, int(load)) for load in args.loads.split(",") if load]
     for length, needles in todo + loads:
@@ -139,10 +139,12 @@ def main() -> None:
         if (length, needles) in todo:
             rows.append(speed_row(models, documents.draw(length, needles, 0)[0], args.seconds))
         print(f"{length:,} tokens, {needles} needles: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    content = result("hybrid", peaks(), rows)
+        content = result("hybrid", ceilings, rows)
+        if args.json and args.json != "-":
+            write_json(args.json, content)  # what is measured so far
     show(content)
-    if args.json:
-        write_json(args.json, content)
+    if args.json == "-":
+        write_json("-", content)
     if args.plot:
         plot.draw_hybrid(content, args.plot)
 
