@@ -18,7 +18,8 @@ SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py
                    tests/test_gated_linear_attention.py tests/test_ssd.py \
                    tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
 
-.PHONY: demo test test-slow test-abi sanitize build lint format bench bench-cpp bench-cpp-cuda cuda-report gpu clean
+.PHONY: demo test test-slow test-abi check-isas sanitize build lint format bench bench-cpp bench-cpp-cuda cuda-report gpu \
+        clean
 
 demo: build
 	$(BIN)/lcore demo --tokens $(TOKENS)
@@ -66,6 +67,12 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The kernels of the instruction sets that this machine lacks and so does not build: at least they compile.
+check-isas: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/isas -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DSKBUILD_PROJECT_VERSION=0 -DLCORE_CUDA=off -DLCORE_CPU_ISAS=all -DKERNEL_OPTIMIZATION=-O0
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/isas --target lcore_cpu_avx512 lcore_cpu_avx512_bf16
 
 bench: build
 	$(BIN)/python -m bench.attention
