@@ -20,7 +20,8 @@ SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py
                    tests/test_gated_linear_attention.py tests/test_ssd.py \
                    tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
 
-.PHONY: demo test test-slow test-abi check-isas sanitize build lint format bench bench-cpp bench-cpp-cuda cuda-report gpu clean
+.PHONY: demo test test-slow test-abi check-isas sanitize build lint format bench bench-cpp bench-cpp-cuda cuda-report gpu \
+        clean
 
 demo: build
 	$(BIN)/lcore demo --tokens $(TOKENS)

@@ -1,6 +1,6 @@
 """What the compiler made of each CUDA kernel: ``python -m bench.cuda_report`` (or ``make cuda-report``).
 
-Compiles csrc/cuda/*/*.cu into cubins below build/cuda-report, unless they are newer than the sources, and writes
+Compiles csrc/cuda/**/*.cu into cubins below build/cuda-report, unless they are newer than the sources, and writes
 docs/cuda_report.md: registers, spills, shared memory and launch bounds as ptxas and the PTX say, and from the machine
 code the tensor-core instructions, the loads by width and accesses of local memory. Exit code 1 if a kernel spills
 registers, or if ptxas remarks that its wgmma products wait for each other or that setmaxnreg has no effect.
@@ -78,7 +78,7 @@ def read_ptxas(log: str, chip: str) -> list[Kernel]:
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             symbol = found[1]
             kernels.setdefault(symbol, Kernel(symbol, chip))
-        elif found := re.search(r"\((C75\d\d)\) (.*) in (?:the )?function '(\w+)'", line):
+        elif found := re.search(r"\((C7508|C7510)\) (.*) in (?:the )?function '(\w+)'", line):
             kernels.setdefault(found[3], Kernel(found[3], chip)).remark = f"{found[1]}: {found[2]}"
         elif found := re.search(r"Function properties for (\w+)", line):
             symbol = found[1]  # of a kernel, or of a function that it calls
@@ -122,7 +122,7 @@ def read_code(listing: str) -> dict[str, Counter[str]]:
 
 def compile_one(source: Path, chip: str, folder: Path, disassembler: str | None) -> list[Kernel]:
     newest = max(path.stat().st_mtime for path in SOURCES.rglob("*") if path.suffix in (".h", ".cuh"))
-    stem = folder / f"{source.parent.name}-{source.stem}-{chip}"
+    stem = folder / f"{'-'.join(source.relative_to(SOURCES / 'cuda').with_suffix('').parts)}-{chip}"
     cubin, ptx, log = (stem.with_name(stem.name + suffix) for suffix in (".cubin", ".ptx", ".log"))
     if not log.exists() or log.stat().st_mtime < max(newest, source.stat().st_mtime):
         machine = ["-gencode", f"arch={chip.replace('sm', 'compute')},code={chip}"]
@@ -209,7 +209,7 @@ def report(folder: Path, jobs: int) -> tuple[list[Kernel], str]:
     work = [
         (source, chip)
         for family, chips in ARCHITECTURES.items()
-        for source in sorted((SOURCES / "cuda" / family).glob("*.cu"))
+        for source in sorted((SOURCES / "cuda" / family).rglob("*.cu"))
         for chip in chips
     ]
     with ThreadPoolExecutor(jobs) as pool:

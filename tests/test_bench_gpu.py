@@ -158,3 +158,20 @@ def test_without_a_gpu():
 def test_every_part_has_a_place():
     assert set(PARTS) == {"ceilings", "tests", "memcheck", "racecheck", *FIGURES}
     assert next(iter(PARTS)) == "ceilings" and run.LIMIT <= 480
+
+
+def test_what_breaks_is_a_row_too(monkeypatch, results, device):
+    def breaks(*unused, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand much more")
+
+    monkeypatch.setattr("lcore.merge_states", breaks)
+    assert not run_quietly(["merge_states"], results, device)[0]
+    (row,) = results.content["rows"]
+    assert row["status"] == "failed" and row["reason"].endswith("illegal memory access was encountered")
+    assert row["peers"]["torch"] == 1
+
+
+def test_tests_that_all_skip_are_no_success(monkeypatch, results, device):
+    monkeypatch.setattr(checks, "pytest", lambda *options, before=(): (0, "s\n80 skipped in 1s"))
+    assert not run_quietly(["tests"], results, device)[0]
+    assert results.content["rows"][0]["status"] == "none ran"

@@ -19,6 +19,7 @@ from bench.shapes import Shape
 from lcore import reference
 
 TOKENS, WIDTH = 16384, 2048  # batch * seq and heads * head_dim, as others publish
+FLEX_SEQ = 8192  # compiling it takes longer than everything else of a row
 
 
 def shapes(which: str, small: bool) -> list[Shape]:
@@ -76,7 +77,7 @@ def attention_row(shape: Shape, device: Device, peak: float | None, deterministi
         return lambda: timed(shape, make(), by_head, dout_by_head)
 
     others = {name: peer(partial(peers.sdpa, name, shape.causal, grouped)) for name in peers.BACKENDS}
-    if not device.small:
+    if not device.small and shape.seq == FLEX_SEQ:
         others["flex"] = peer(partial(peers.flex, shape, device.name))
     row = {"kind": "gpu_attention", "op": "attention", **shape.fields(), "deterministic": deterministic}
     torch.use_deterministic_algorithms(deterministic)
@@ -100,39 +101,47 @@ def backward(device: Device, peaks: dict[str, float]) -> list[Row]:
 
 
 def decode_row(device: Device, peak: float | None, kv_format: str, batch: int, tokens: int) -> Row:
-    """One new token a sequence over a paged cache, 32 query heads on 8 kv heads of 128."""
+    """One new token a sequence over a paged cache, 32 query heads on 8 kv heads of 128.
+
+    Small caches are read many times in one graph, large ones once with a cold L2.
+    """
     heads, kv_heads, head_dim = (4, 2, 32) if device.small else (32, 8, 128)
+    repeats = 20 if tokens * batch <= 16384 and not device.small else 1
     q, k, v = (
         torch.randn(batch, n, h, head_dim, dtype=torch.bfloat16, device=device.name)
         for n, h in ((1, heads), (tokens, kv_heads), (tokens, kv_heads))
     )
-    sizes: dict[str, int] = {}
+    facts: dict[str, Any] = {"bytes": 2 * k.nbytes, "graphs": []}
+
+    def many(name: str, call: Call) -> Call:
+        if repeats == 1:
+            return call
+        several, in_graph = device.repeated(call, repeats)
+        facts["graphs"] += [name] if in_graph else []
+        return several
 
     def call() -> Call:
         cache = lcore.PagedCache(
             1, kv_heads, head_dim, batch_size=batch, dtype=torch.bfloat16, device=device.name, kv_format=kv_format
         )
         cache.append(0, k, v)
-        sizes["bytes"] = int(cache.stats()["bytes"])
+        facts["bytes"] = int(cache.stats()["bytes"])
         if kv_format == "bf16":
             Checker(q.cpu(), k.cpu(), v.cpu(), (tokens, 0)).forward(cache.attend(0, q).cpu())
-        return device.repeated(partial(cache.attend, 0, q), repeats)
+        return many("lcore", partial(cache.attend, 0, q))
 
-    repeats = 20 if tokens * batch <= 16384 and not device.small else 1
-    by_head = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    others = {
-        name: lambda name=name: device.repeated(partial(peers.sdpa(name, False, True), *by_head), repeats)
-        for name in peers.BACKENDS
-    }
+    def peer(name: str) -> Peer:
+        by_head = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        return lambda: many(name, partial(peers.sdpa(name, False, True), *by_head))
+
     row: dict[str, Any] = {
         "kind": "gpu_decode", "op": "attention_paged", "kv_format": kv_format, "batch": batch, "tokens": tokens,
         "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "repeats": repeats,
     }  # fmt: skip
-    row = measured(row, device, call, others, cold=repeats == 1)
+    row = measured(row, device, call, {name: peer(name) for name in peers.BACKENDS}, cold=repeats == 1)
     row["seconds"] = row["seconds"] and row["seconds"] / repeats
     row["peers"] = {name: seconds / repeats for name, seconds in row["peers"].items()}
-    bytes_read = sizes.get("bytes", 2 * k.nbytes)
-    return rate({**row, "bytes": bytes_read}, "gbytes_per_s", bytes_read / 1e9, peak)
+    return rate({**row, **facts}, "gbytes_per_s", facts["bytes"] / 1e9, peak)
 
 
 def decode(device: Device, peaks: dict[str, float]) -> list[Row]:

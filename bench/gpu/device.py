@@ -20,6 +20,14 @@ _SMI_FIELDS = (
 )  # fmt: skip
 
 
+def looped(call: Call, count: int) -> Call:
+    def calls() -> None:
+        for _ in range(count):
+            call()
+
+    return calls
+
+
 class Device(ABC):
     """small: sizes that a CPU manages in seconds."""
 
@@ -31,8 +39,8 @@ class Device(ABC):
         """Median time of each call; they take turns. cold: none finds its data in the cache."""
 
     @abstractmethod
-    def repeated(self, call: Call, count: int) -> Call:
-        """`count` calls in one, without the host's part where the device can do that."""
+    def repeated(self, call: Call, count: int) -> tuple[Call, bool]:
+        """`count` calls in one, and whether they go as a graph, without the host's part."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -79,16 +87,20 @@ class Cuda(Device):
         end.synchronize()
         return max(start.elapsed_time(end) / 1e3, 1e-6)
 
-    def repeated(self, call: Call, count: int) -> Call:
+    def repeated(self, call: Call, count: int) -> tuple[Call, bool]:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                call()
-        return graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(count):
+                    call()
+        except RuntimeError:  # what waits for the device, or allocates, cannot be captured
+            torch.cuda.synchronize()
+            return looped(call, count), False
+        return graph.replay, True
 
     def facts(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
@@ -114,12 +126,8 @@ class Cpu(Device):
     def seconds(self, calls: Mapping[Any, Call], *, cold: bool = False) -> dict[Any, float]:
         return self._clock(calls)
 
-    def repeated(self, call: Call, count: int) -> Call:
-        def calls() -> None:
-            for _ in range(count):
-                call()
-
-        return calls
+    def repeated(self, call: Call, count: int) -> tuple[Call, bool]:
+        return looped(call, count), False
 
     def facts(self) -> dict[str, Any]:
         return {"gpu": "none"}

@@ -29,8 +29,9 @@ def measured(
 ) -> Row:
     """The row with "status", "seconds", "peers" (seconds by name), "errors" of peers, and "speedup" over the fastest.
 
-    status: "ok"; "no kernel" where lcore raises NotImplementedError; "wrong" where a check raises AssertionError. ours
-    makes lcore's call and has checked its result. Peers are timed in any case.
+    status: "ok"; "no kernel" where lcore raises NotImplementedError; "wrong" where a check raises AssertionError;
+    "failed" where anything else goes wrong. ours makes lcore's call and has checked its result. Peers are timed in any
+    case.
     """
     row = {**row, "status": "ok", "seconds": None, "peers": {}, "errors": {}, "speedup": None}
     calls: dict[str, Call] = {}
@@ -41,6 +42,8 @@ def measured(
         row.update(status="no kernel", reason=first_line(error))
     except AssertionError as error:
         row.update(status="wrong", reason=first_line(error))
+    except Exception as error:
+        row.update(status="failed", reason=first_line(error))
     if row["status"] != "ok":
         calls.pop("lcore", None)
     for name, make in peers.items():

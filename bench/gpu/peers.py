@@ -37,6 +37,7 @@ def flex(shape: Shape, device: str) -> Attention:
     mask = None
     if shape.causal:
         mask = create_block_mask(visible, B=None, H=None, Q_LEN=shape.seq, KV_LEN=shape.seq, device=device)
+    torch.compiler.reset()  # after some shapes it would silently no longer compile
     compiled = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, block_mask=mask, enable_gqa=shape.heads != shape.kv_heads)
 

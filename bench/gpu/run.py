@@ -95,7 +95,7 @@ def run_parts(
         rows: list[Row] = []
         try:
             rows = runner(part, device, dict(results.peaks), limit)
-            bad = [row for row in rows if row.get("status") in ("wrong", "failed", "found errors")]
+            bad = [row for row in rows if row.get("status") in ("wrong", "failed", "found errors", "none ran")]
             if bad:
                 outcome.update(status="failed", error=f"{len(bad)} rows are wrong: see their status")
         except subprocess.TimeoutExpired:

@@ -26,10 +26,13 @@ Barrier& Block::arrived(int barrier, int expected) {
 }
 
 void Block::complete(Barrier& b) {
+  int last = -1;
   for (Thread* thread : b.waiting) {
     thread->state = State::kReady;
     thread->vote = b.votes;
-    join(orders[thread->id / kLanes], b.order);
+    const int warp = thread->id / kLanes;
+    if (warp != last) join(orders[warp], b.order);
+    last = warp;
   }
   b = Barrier{};
 }
