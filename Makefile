@@ -97,7 +97,7 @@ bench-cpp:
 # The CUDA kernels likewise; needs a GPU.
 bench-cpp-cuda:
 	cmake -S bench/cpp -B build/bench-cpp
-	cmake --build build/bench-cpp
+	cmake --build build/bench-cpp --target cuda_benchmarks
 	build/bench-cpp/merge_states_cuda --json build/bench-cpp/merge_states_cuda.json --commit $(COMMIT) $(BENCH_FLAGS)
 
 # What the compiler made of the CUDA kernels, into docs/cuda_report.md. Needs nvcc, no GPU.

@@ -85,6 +85,9 @@ def test_decode_rows_are_those_of_python(tmp_path):
 def test_without_a_gpu_cuda_is_one_clear_line():
     if shutil.which("nvcc") is None or torch.cuda.is_available():
         pytest.skip("nvcc is not installed, or there is a GPU")
+    target = ["--target", "cuda_benchmarks"]
+    done = subprocess.run(["cmake", "--build", BUILD, *target], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     done = run("merge_states_cuda")
     assert done.returncode == 2
     assert "lcore: cudaGetDeviceProperties failed: cudaError" in done.stderr.splitlines()[-1]

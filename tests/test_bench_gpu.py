@@ -11,6 +11,7 @@ from bench.gpu.__main__ import main
 from bench.gpu.device import Cpu
 from bench.gpu.measure import measured, rate
 from bench.gpu.run import PARTS, Results, here, run_parts
+from bench.gpu.tables import markdown
 
 FIGURES = ["merge_states", "attention_forward", "attention_backward", "decode", "scan", "ssd", "conv1d", "linear"]
 
@@ -175,3 +176,20 @@ def test_tests_that_all_skip_are_no_success(monkeypatch, results, device):
     monkeypatch.setattr(checks, "pytest", lambda *options, before=(): (0, "s\n80 skipped in 1s"))
     assert not run_quietly(["tests"], results, device)[0]
     assert results.content["rows"][0]["status"] == "none ran"
+
+
+def test_tables(results, device):
+    def fails(*unused):
+        raise ValueError("broken")
+
+    run_quietly(["ceilings", "conv1d"], results, device)
+    run_quietly(["scan"], results, device, runner=fails)
+    lines = markdown(results.content).splitlines()
+    assert lines[0].startswith("none; copy ")
+    assert "**conv1d**: done, 0 s" in lines and "ValueError: broken" in lines
+    header = next(line for line in lines if "torch µs" in line)
+    assert header.startswith(
+        "| dtype | batch | dim | len | status | speedup | gbytes_per_s | peer_gbytes_per_s | of_peak"
+    )
+    values = lines[lines.index(header) + 2].split(" | ")
+    assert values[:5] == ["| bf16", "1", "8", "64", "ok"] and values[-2:] == ["1e+06", "2e+06 |"]

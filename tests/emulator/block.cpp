@@ -82,9 +82,9 @@ Block::~Block() { std::free(dynamic); }
 bool Block::run(uint3 which) {
   index = which;
   this_block = this;
-  uint32_t first = engine_epoch;
+  uint32_t first = std::max(engine_epoch, tensor_epoch);
   for (const Order& order : orders) first = std::max(first, *std::max_element(order.seen.begin(), order.seen.end()));
-  engine_epoch = first++;
+  engine_epoch = tensor_epoch = first++;
   for (int w = 0; w < kWarps; ++w) {
     orders[w].seen.fill(first - 1);
     orders[w].fenced.fill(first - 1);

@@ -108,6 +108,7 @@ class Block {
   std::map<uintptr_t, Mbarrier> mbarriers;  // by address
   std::vector<BulkLoad> loads;              // on their way, oldest first
   uint32_t engine_epoch = 0;                // of its latest load
+  uint32_t tensor_epoch = 0;                // of the latest product
   Products products[kWarps];
   Warpgroup warpgroups[kWarps / kWarpgroup];
   int registers[kWarps] = {};  // asked for; 0: as launched

@@ -42,6 +42,8 @@ void claim(const char* what, void* shared, size_t bytes, uint32_t engine_epoch);
 void set_arrived(Block& block, void* shared, size_t bytes);
 void hold(const char* what, const void* shared, size_t bytes);
 void let_go(const void* shared, size_t bytes);
+// The end of a product's hold, which counts as a read by the tensor cores.
+void let_go_of_product(const void* shared, size_t bytes, uint32_t tensor_epoch);
 // What warps wrote here must be visible to asynchronous operations.
 void require_fenced(const char* what, const void* shared, size_t bytes);
 // Whether [memory, memory + 1) lies in the running block's shared memory.

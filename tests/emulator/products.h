@@ -39,7 +39,7 @@ struct Accumulator {  // of a warp, while products that write it are on their wa
 struct Product {  // of a warpgroup
   Issued issued;
   int asked = 0;                  // warps
-  bool computed = false;          // and its shared memory let go
+  uint32_t epoch = 0;             // of the tensor cores, once it is computed and its shared memory let go
   uint32_t a[kWarpgroup][32][4];  // where it is in registers
   Accumulator* sums[kWarpgroup];
 };

@@ -29,22 +29,25 @@ Verdict Shadow::read(size_t offset, int warp, const Clock& seen, int& other) {
   other = c.writer;
   if (c.in_flight) return Verdict::kInFlight;
   if (c.write_epoch > seen[c.writer]) return Verdict::kRace;
-  if (c.read_warp == kMany && c.read_epoch >= first_) {
-    readers_[offset][warp] = seen[warp];
-    c.read_epoch = c.read_epoch > seen[warp] ? c.read_epoch : seen[warp];
-    return Verdict::kFine;
-  }
-  if (c.read_epoch >= first_ && c.read_warp != warp && c.read_epoch > seen[c.read_warp]) {
-    readers_[offset].fill(0);
-    readers_[offset][c.read_warp] = c.read_epoch;
-    readers_[offset][warp] = seen[warp];
-    c.read_warp = kMany;
-    c.read_epoch = c.read_epoch > seen[warp] ? c.read_epoch : seen[warp];
-    return Verdict::kFine;
-  }
-  c.read_warp = static_cast<uint8_t>(warp);
-  c.read_epoch = seen[warp];
+  note_read(offset, warp, seen[warp], seen);
   return Verdict::kFine;
+}
+
+void Shadow::note_read(size_t offset, int reader, uint32_t epoch, const Clock& seen) {
+  Cell& c = cells_[offset];
+  const bool many = c.read_warp == kMany && c.read_epoch >= first_;
+  if (many || (c.read_epoch >= first_ && c.read_warp != reader && c.read_epoch > seen[c.read_warp])) {
+    if (!many) {
+      readers_[offset].fill(0);
+      readers_[offset][c.read_warp] = c.read_epoch;
+    }
+    readers_[offset][reader] = epoch;
+    c.read_warp = kMany;
+    c.read_epoch = c.read_epoch > epoch ? c.read_epoch : epoch;
+    return;
+  }
+  c.read_warp = static_cast<uint8_t>(reader);
+  c.read_epoch = epoch;
 }
 
 Verdict Shadow::write(size_t offset, int writer, uint32_t epoch, const Clock& seen, int& other) {
@@ -57,7 +60,7 @@ Verdict Shadow::write(size_t offset, int writer, uint32_t epoch, const Clock& se
   }
   if (c.read_epoch >= first_) {
     const bool many = c.read_warp == kMany;
-    for (int w = many ? 0 : c.read_warp, end = many ? kWarps : w + 1; w < end; ++w) {
+    for (int w = many ? 0 : c.read_warp, end = many ? kTensor + 1 : w + 1; w < end; ++w) {
       if ((many ? readers_[offset][w] : c.read_epoch) > seen[w]) {
         other = w;
         return Verdict::kRace;

@@ -1,6 +1,6 @@
 // What is known of each byte of a block's shared memory: who wrote it and who read it since. Two accesses of different
 // warps, one of them a write, must be ordered by a barrier (vector clocks of warps, one epoch a release). The copy
-// engine counts as one more warp, which nobody is ordered with but who waits for its copies.
+// engine and the tensor cores count as two more, which nobody is ordered with but who waits for them.
 #pragma once
 
 #include <sys/mman.h>
@@ -11,9 +11,10 @@
 
 namespace lcore::emulator {
 
-constexpr int kWarps = 32;       // of a block, at most
-constexpr int kEngine = kWarps;  // the copy engine's place in clocks
-using Clock = std::array<uint32_t, kWarps + 1>;
+constexpr int kWarps = 32;           // of a block, at most
+constexpr int kEngine = kWarps;      // the copy engine's place in clocks: it writes
+constexpr int kTensor = kWarps + 1;  // that of wgmma, which reads
+using Clock = std::array<uint32_t, kWarps + 2>;
 
 // What a warp knows of the others: how far each had come, and up to where it had fenced what it wrote, so that
 // asynchronous operations see it.
@@ -42,6 +43,8 @@ class Shadow {
   void start_block(uint32_t first) { first_ = first; }
   // `other` receives the warp of the earlier access of a race.
   Verdict read(size_t offset, int warp, const Clock& seen, int& other);
+  // A read, already found fine, at the reader's own epoch.
+  void note_read(size_t offset, int reader, uint32_t epoch, const Clock& seen);
   // By a warp, or by the engine at its own epoch for a warp that has `seen`.
   Verdict write(size_t offset, int writer, uint32_t epoch, const Clock& seen, int& other);
   // An access that the hardware orders among its like: it must only come after the plain write that made the object.

@@ -107,18 +107,20 @@ void issue(const Lanes& lanes) {
 }
 
 void compute(Product& product) {
+  product.epoch = ++current()->tensor_epoch;
   for (int warp = 0; warp < kWarpgroup; ++warp) {
     multiply(*current(), product, warp);
-    for_chunks(product.issued, warp, [](const std::byte* chunk) { let_go(chunk, kChunk); });
+    for_chunks(product.issued, warp, [&](const std::byte* chunk) { let_go_of_product(chunk, kChunk, product.epoch); });
   }
-  product.computed = true;
 }
 
 // The running warp sees its part.
 void end(Product& product) {
   Accumulator& sum = *product.sums[current()->warp() % kWarpgroup];
   require_untouched(sum);
-  if (!product.computed) compute(product);
+  if (product.epoch == 0) compute(product);
+  uint32_t& seen = current()->orders[current()->warp()].seen[kTensor];
+  seen = std::max(seen, product.epoch);
   if (--sum.pending > 0) return;
   for (int lane = 0; lane < kLanes; ++lane) {
     std::copy_n(sum.values.data() + lane * sum.count, sum.count, sum.registers[lane]);

@@ -79,7 +79,7 @@ __device__ void consume(const Pipeline& p, Storage& s, int w) {
       }
       wgmma_commit();
       if (p.mistake != kReleasesEarly) wgmma_wait<0>();
-      if (threadIdx.x % 128 == 0) mbarrier_arrive(&s.empty[at.stage]);
+      if (threadIdx.x % 128 == 96) mbarrier_arrive(&s.empty[at.stage]);  // for the warpgroup: its products are over
       if (p.mistake == kReleasesEarly) wgmma_wait<0>();
       at.next();
     }

@@ -18,6 +18,7 @@ enum WgmmaMistake {
   kOverwrites,
   kLeaves,
   kThreeWarps,
+  kOneWarpLess,
   kOddStart
 };
 
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(128, 1) products(Operands p) {
   fill.template operator()<kB>(b_panels, p.b, kN);
   if (!is(kNoProxyFence)) fence_proxy_async();
   __syncthreads();
+  if (is(kOneWarpLess) && warp == 1) return;
   SumOf<kType> d[kN / 2] = {};
   if (!is(kNoFence)) wgmma_fence();
   const int steps = p.k * kBytes / 32;
@@ -146,6 +148,7 @@ const std::map<std::string, WgmmaMistake>& mistakes() {
       {"overwrites", kOverwrites},
       {"leaves", kLeaves},
       {"three_warps", kThreeWarps},
+      {"one_warp_less", kOneWarpLess},
       {"odd_start", kOddStart},
   };
   return all;
