@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from lcore._runtime import PageAllocator, PrefixIndex
@@ -16,6 +17,7 @@ from lcore.cache.overflow import Folder, Overflow, overflow_folder
 from lcore.cache.paged import PagedCache
 from lcore.cache.pool import PagePool
 from lcore.cache.prefix_keys import namespace_of, runs_of
+from lcore.cache.shared_pages import hold, row_pages
 from lcore.cache.slots import Slots
 from lcore.cache.snapshots import Snapshots
 from lcore.cache.states import StateCache, states_of
@@ -88,10 +90,6 @@ class PrefixCache:
             return self._start_states(name, cache, prompts, namespace)
         slots = cache._open(name)
         require(not slots.lengths.any(), name, "cache", "hold no tokens", f"lengths {cache.seen().tolist()}")
-        if slots.layout.plain.parts > 1:
-            raise NotImplementedError(
-                f"lcore.{name}: pages of values among codes cannot be shared yet; use skip_layers=() and fp_prefix=0"
-            )
         require(cache.max_bytes is None, name, "cache", "have max_bytes None", cache.max_bytes)
         require(len(prompts) == cache.batch_size, name, "prompts", f"have {cache.batch_size} rows", len(prompts))
         runs = [runs_of(name, "prompts", tokens, len(tokens) - 1, cache.page_size) for tokens in prompts]
@@ -104,9 +102,9 @@ class PrefixCache:
             if states is not None:
                 found = self._snapshots.find(key, prompts, [len(held) * cache.page_size for held in pages])
                 pages = [held[: n // cache.page_size] for held, (n, _) in zip(pages, found, strict=True)]
-            width = max(len(held) for held in pages)
+            width = int(slots.entries_for(np.array([len(held) * cache.page_size for held in pages])).max())
             moved = Slots.empty(name, pool, slots.layout, slots.lengths.shape, cache.dtype, width)
-            moved.hold(pages)
+            hold(moved, pages)
         cache.close()
         cache._slots, cache.max_bytes, cache.overflow = moved, pool.max_bytes, self.overflow
         if states is not None:
@@ -144,18 +142,19 @@ class PrefixCache:
             whole = slots.intact[row] and (slots.full_pages()[:, row] >= len(runs)).all()
             if not whole or pool.reclaim is None:  # None: another thread has put this shelf away
                 return 0
-            pages = slots.row_pages(row, len(runs))
-            pool.allocator.retain(pages.ravel())  # first: the index must never name a page that it does not hold
+            pages = row_pages(slots, row, len(runs))
+            held = pages >= 0
+            pool.allocator.retain(pages[held])  # first: the index must never name a page that it does not hold
             try:
                 known = index.insert(namespace_of(cache, namespace), runs, pages)
             except BaseException:
-                pool.allocator.release(pages.ravel())
+                pool.allocator.release(pages[held])
                 raise
-            pool.allocator.release(pages[:known].ravel())
+            pool.allocator.release(pages[:known][held[:known]])
         states = states_of(cache)
         if states is not None:
             self._snapshots.keep(namespace_of(cache, namespace), states, row, tokens[: len(runs) * cache.page_size])
-        return pages[known:].size
+        return int(held[known:].sum())
 
     def make_free(self, cache: PagedCache, pages: int) -> None:
         """Gives up pages that no cache holds until the pool of `cache` has this many free, as far as there are such."""

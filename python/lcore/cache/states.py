@@ -40,7 +40,7 @@ class StateCache:
     Raises: TypeError and ValueError for tensors that do not fit together.
     """
 
-    policy = None  # as PagedCache: every token is kept
+    policy = select = None  # as PagedCache: every token is kept, and read
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class Caches:
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
-        check_selection("Generator", select, policy)
+        check_selection("Generator", select)
         known = isinstance(prefix_reuse, (bool, PrefixCache))
         require_type(known, "Generator", "prefix_reuse", "be a bool or a PrefixCache", repr(prefix_reuse))
         self.model, self.kv_format, self.prefill_chunk, self.logits = model, kv_format, prefill_chunk, logits
@@ -111,7 +111,7 @@ class Caches:
 
     def _for_prompts(self, prompts: list[Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
         as_read = self.select is None or not (self.select.prefill or self.select.observes)
-        shared = self.prefixes is not None and self.policy is None and as_read and not self._plain
+        shared = self.prefixes is not None and self.policy is None and as_read
         # A cache that begins in the pool of prefixes has the limits of that.
         limits = {"max_bytes": None, "overflow": None} if shared and self._limits else {}
         cache = self.alone(len(prompts), policy=self.policy, **limits)

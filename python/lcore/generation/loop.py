@@ -12,7 +12,8 @@ from lcore.cache import states_of
 from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
 from lcore.generation.memory import peak_bytes
 from lcore.generation.progress import Clock, causal_pairs
-from lcore.generation.rows import Row, active_rows
+from lcore.generation.row import Row
+from lcore.generation.rows import JudgedApart, active_rows
 from lcore.generation.sampling import Sampling, sample
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Loop:
             if step:
                 self._draft([row for row in step if row.reason is None])
                 fed = {row.index: torch.tensor([row.next, *row.drafts]) for row in step}
-                logits = self._forward(fed, last_only=not any(row.drafts for row in step))
+                logits = self._forward(fed, judges=any(row.drafts for row in step))
                 for row in step:
                     row.position += 1
                     row.logits = logits[row.index]
@@ -212,20 +213,22 @@ class Loop:
         )
         return Done(reason, stats, row.index)
 
-    def _forward(self, tokens: dict[int, torch.Tensor], *, last_only: bool = True) -> dict[int, torch.Tensor]:
-        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or
-        (tokens, vocab) after every one."""
+    def _forward(self, tokens: dict[int, torch.Tensor], *, judges: bool = False) -> dict[int, torch.Tensor]:
+        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or,
+        where it judges drafts, (tokens, vocab) after every one."""
         if self._states is not None:
-            self._states.every_token = not last_only  # drafts among them may be taken back
+            self._states.every_token = judges  # drafts among them may be taken back
         index, parts = list(tokens), list(tokens.values())
         lengths = torch.tensor([len(part) for part in parts])
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
         cache = self._cache if len(index) == len(self._rows) else active_rows(self._cache, index)
+        if judges and self._cache.select is not None:
+            cache = JudgedApart(cache)
         ragged = int(lengths.min()) < padded.shape[1]
         try:
             with torch.no_grad():
                 logits = self._model(
-                    padded.to(self._model.device), cache, last_only=last_only, lengths=lengths if ragged else None
+                    padded.to(self._model.device), cache, last_only=not judges, lengths=lengths if ragged else None
                 )
         except BaseException:
             # Some layers may hold tokens of this step and some not: back to where the step began.
@@ -237,4 +240,4 @@ class Loop:
         finally:
             if self._states is not None:
                 self._states.every_token = False
-        return {row: x if last_only else x[: len(part)] for row, x, part in zip(index, logits, parts, strict=True)}
+        return {row: x[: len(part)] if judges else x for row, x, part in zip(index, logits, parts, strict=True)}

@@ -11,7 +11,7 @@ import torch
 from lcore.cache import PrefixCache, states_of
 
 if TYPE_CHECKING:
-    from lcore.generation.rows import Row
+    from lcore.generation.row import Row
     from lcore.models import Decoder
 
 # Formats that hold every value of a dtype: a key is the same in the tail and in its page.

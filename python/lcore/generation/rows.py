@@ -1,45 +1,32 @@
-"""The rows of a batch; and some rows of a cache as a cache of their own, so that those which are done take no part."""
+"""Some rows of a cache as a cache of their own, so that those which are done take no part; and rows judged apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lcore.cache import StateCache, states_of
-from lcore.generation.events import Reason
-from lcore.generation.text import TextStream
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.positions import Rotation
 
 
-@dataclass
-class Row:
-    """One sequence of the batch."""
+class JudgedApart:
+    """A cache, or some rows of one, whose queries each read the pages that they would read alone."""
 
-    index: int
-    prompt: torch.Tensor  # (tokens,) int64
-    position: int  # of the next token that is not certain, or not in the cache
-    text: TextStream
-    known: int = 0  # tokens of the cache that the caller knows of: not those of tokens that have not been yielded yet
-    read: int = 0  # tokens of the prompt that the cache holds
-    reused: int = 0  # those of them that it held from the start
-    written: list[int] = field(default_factory=list)  # tokens generated
-    logits: torch.Tensor | None = None  # (1 + drafts, vocab) float32, of the tokens from `position` on
-    drafts: list[int] = field(default_factory=list)  # in the cache, from `position` on, and not judged yet
-    next: int | None = None  # the token at `position`, when it is certain
-    drafted: int = 0
-    accepted: int = 0
-    reason: Reason | None = None
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.batch_size: int = cache.batch_size
+        self.layer_rope, self.seen, self.append = cache.layer_rope, cache.seen, cache.append
+        self.states = states_of(cache)
 
-    @property
-    def left(self) -> int:
-        return len(self.prompt) - self.read
+    def attend(self, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor:
+        out: torch.Tensor = self._cache.attend(layer, q, separately=True, **options)
+        return out
 
 
 class ActiveRows:

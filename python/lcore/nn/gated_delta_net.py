@@ -11,7 +11,7 @@ from torch import Tensor
 from lcore.cache import LayerState
 from lcore.errors import require
 from lcore.nn.linear import Linear
-from lcore.nn.mamba import check_hidden, decay_rates, state_before, zero_state
+from lcore.nn.mamba import check_hidden, decay_rates, initial_dt_bias, state_before, zero_state
 from lcore.nn.norm import RMSNorm
 from lcore.nn.token_by_token import conv_states, token_by_token
 from lcore.ops import causal_conv1d, gated_delta_rule, gated_delta_rule_update
@@ -57,7 +57,7 @@ class GatedDeltaNet(torch.nn.Module):
         self.in_proj_qkvz = Linear(hidden_size, 2 * keys + 2 * values, bias=False)
         self.in_proj_ba = Linear(hidden_size, 2 * num_value_heads, bias=False)
         self.conv1d = torch.nn.Conv1d(channels, channels, conv_width, groups=channels, bias=False)
-        self.dt_bias = torch.nn.Parameter(torch.ones(num_value_heads))
+        self.dt_bias = torch.nn.Parameter(initial_dt_bias(num_value_heads))
         self.A_log = torch.nn.Parameter(torch.empty(num_value_heads).uniform_(0.01, 16).log())
         self.norm = RMSNorm(value_dim, norm_eps)
         self.out_proj = Linear(values, hidden_size, bias=False)
