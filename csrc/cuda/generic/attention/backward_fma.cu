@@ -31,7 +31,7 @@ __device__ Side<X> side_of(const AttentionGradParams& g, bool keys, const Sequen
 }
 
 template <class X, bool kKeys>
-__global__ void __launch_bounds__(kFmaThreads) attention_backward_fma_kernel(BackwardParams<X> b) {
+__global__ void __launch_bounds__(kFmaThreads, 1) attention_backward_fma_kernel(BackwardParams<X> b) {
   const AttentionGradParams& g = b.g;
   const AttentionParams& p = g.forward;
   Work work;

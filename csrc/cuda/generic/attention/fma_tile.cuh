@@ -93,7 +93,7 @@ __device__ void multiply_rows(X (&sums)[4][4], const Cells<X>& a, int a_first, i
       bs[k * kFmaPitch + row] = row < b_count && d + k < depth ? b.at(b_first + row, d + k) : X{0};
     }
     __syncthreads();
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < kFmaDepth; ++k) {
       X x[4], y[4];
       load4(x, bs + k * kFmaPitch + 4 * place.x);
@@ -142,7 +142,7 @@ __device__ bool add_product(X (&sums)[4][8], const X* weights, const Cells<X>& b
       memory[k * kFmaColumnPitch + c] = x;
     }
     __syncthreads();
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < kFmaDepth; ++k) {
       X x[8], y[4];
       load4(x, memory + k * kFmaColumnPitch + 4 * place.x);

@@ -40,7 +40,7 @@ __device__ X weigh(X (&s)[4], X& running_max, X& running_sum) {
 }
 
 template <class X>
-__global__ void __launch_bounds__(kFmaThreads) attention_forward_fma_kernel(ForwardParams f) {
+__global__ void __launch_bounds__(kFmaThreads, 1) attention_forward_fma_kernel(ForwardParams f) {
   const AttentionParams& p = f.p;
   Work work;
   if (!find_work(p, f.tiles, work)) return;
