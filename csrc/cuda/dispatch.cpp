@@ -21,6 +21,16 @@ int architecture(const char* op) {
 
 }  // namespace
 
+void attention_forward(const AttentionParams& params, Stream& stream) {
+  architecture("attention");
+  generic::attention_forward(params, stream);
+}
+
+void attention_backward(const AttentionGradParams& params, Stream& stream) {
+  architecture("attention");
+  generic::attention_backward(params, stream);
+}
+
 void merge_states(const MergeParams& params, Stream& stream) {
   architecture("merge_states");
   generic::merge_states(params, stream);

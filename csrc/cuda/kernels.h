@@ -2,6 +2,7 @@
 // architectures.
 #pragma once
 
+#include "core/attention.h"
 #include "core/merge_states.h"
 #include "cuda/stream.h"
 
@@ -9,11 +10,15 @@ namespace lcore::cuda {
 
 // Compiled for sm_80 and sm_90a and, through PTX, for every later chip.
 namespace generic {
+void attention_forward(const AttentionParams& params, Stream& stream);
+void attention_backward(const AttentionGradParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 }  // namespace generic
 
 // Each throws std::runtime_error on a chip older than sm_80, naming it.
+void attention_forward(const AttentionParams& params, Stream& stream);
+void attention_backward(const AttentionGradParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 

@@ -1,6 +1,6 @@
 """lcore: the long-context core for PyTorch."""
 
-from lcore.cache import PagedCache, PrefixCache, StateCache, policies, selection
+from lcore.cache import HybridCache, PagedCache, PrefixCache, StateCache, policies, selection
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
@@ -35,6 +35,7 @@ from lcore.ops import (
 
 __all__ = [
     "Generator",
+    "HybridCache",
     "PagedCache",
     "PrefixCache",
     "StateCache",

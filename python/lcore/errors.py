@@ -12,7 +12,7 @@ FLOAT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Devices that each public op has a kernel for; what is missing raises NotImplementedError before the dispatcher would.
 KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
-    "attention": ("cpu",),
+    "attention": ("cpu", "cuda"),
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
     "causal_conv1d": ("cpu",),
