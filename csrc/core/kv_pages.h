@@ -36,11 +36,13 @@ struct KvPages {
   // read as rotated to position i, and the last of the queries to m - 1.
   Rotation rope;
 
-  PageFormat format(bool value) const { return value ? v_format : k_format; }
+  constexpr PageFormat format(bool value) const { return value ? v_format : k_format; }
   // How many entries of the table stand before those of a page.
-  int64_t column(int64_t page) const { return page + (page < plain_pages ? page : plain_pages) * (parts - 1); }
-  bool before_rope() const { return rope.half > 0; }
-  bool plain() const { return is_plain(k_format) && is_plain(v_format); }
+  constexpr int64_t column(int64_t page) const {
+    return page + (page < plain_pages ? page : plain_pages) * (parts - 1);
+  }
+  constexpr bool before_rope() const { return rope.half > 0; }
+  constexpr bool plain() const { return is_plain(k_format) && is_plain(v_format); }
 };
 
 }  // namespace lcore
