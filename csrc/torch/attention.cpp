@@ -1,11 +1,13 @@
-// lcore::attention and its backward.
+// lcore::attention and its backward, on CPU tensors.
 #include <algorithm>
 
+#include "cpu/kernels.h"
 #include "torch/attention_params.h"
-#include "torch/device.h"
 
 namespace lcore {
 namespace {
+
+using torch::headeronly::ScalarType;
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, bool causal, std::vector<int64_t> window_size,
                                      std::optional<double> softmax_scale, double softcap, OptionalTensor alibi_slopes,
@@ -14,7 +16,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, bool causal, 
   AttentionParams p = dense_params("attention", q, k, &v, causal, window_size, softmax_scale, softcap, alibi_slopes,
                                    sinks, cu_seqlens_q, cu_seqlens_k);
   auto results = new_results(q, p, cu_seqlens_q.has_value());
-  LCORE_RUN(attention_forward, q, p)
+  TorchExecutor executor;
+  cpu::kernels().attention_forward(p, executor);
   return results;
 }
 
@@ -50,14 +53,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dk = dk.data_ptr();
   p.dv = dv.data_ptr();
   p.dsinks = sinks.has_value() ? dsinks.data_ptr() : nullptr;
-  LCORE_RUN(attention_backward, q, p)
+  TorchExecutor executor;
+  cpu::kernels().attention_backward(p, executor);
   return {dq, dk, dv, dsinks};
 }
 
 }  // namespace
 }  // namespace lcore
 
-LCORE_SCHEMAS(m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, bool causal=False, int[] window_size=[-1, -1], float? "
       "softmax_scale=None,"
@@ -69,7 +73,7 @@ LCORE_SCHEMAS(m) {
       " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 }
 
-LCORE_KERNELS(m) {
-  m.impl<lcore::attention>("attention");
-  m.impl<lcore::attention_backward>("attention_backward");
+STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
+  m.impl("attention", LCORE_BOX(lcore::attention));
+  m.impl("attention_backward", LCORE_BOX(lcore::attention_backward));
 }

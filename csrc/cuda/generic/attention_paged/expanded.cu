@@ -88,7 +88,8 @@ class Expanded {
       }
       __syncwarp();
       if (p_.pages.before_rope() && real) {
-        rotate_row(q_ + r * a.head_dim, s_.place(row), static_cast<float>(p_.pages.rope.attention_scaling));
+        rotate_row(q_ + r * a.head_dim, p_.pages.position(s_.index, s_.place(row)),
+                   static_cast<float>(p_.pages.rope.attention_scaling));
       }
     }
   }
@@ -106,7 +107,7 @@ class Expanded {
       for (int c = lane_; c < dim; c += kWarpLanes) row[c] = place.at(value, dim, c);
       if (value || !p_.pages.before_rope()) continue;
       __syncwarp();
-      rotate_row(row, key + r, static_cast<float>(p_.pages.rope.attention_scaling));
+      rotate_row(row, p_.pages.position(s_.index, key + r), static_cast<float>(p_.pages.rope.attention_scaling));
     }
   }
 

@@ -82,6 +82,10 @@ __global__ void __launch_bounds__(kThreads) page_bounds_kernel(BoundsParams b) {
 }  // namespace
 
 void page_bounds(const PageBoundsParams& p, Stream& stream) {
+  if (p.keys.pages != nullptr && p.keys.pages->before_rope()) {
+    throw std::runtime_error(
+        "lcore.page_bounds_paged: no CUDA kernel for bounds of keys that are stored before RoPE; use the CPU");
+  }
   const int64_t slots = p.keys.batch * p.keys.kv_heads, pages = p.last - p.first;
   if (slots * pages * p.keys.head_dim == 0) return;
   BoundsParams params{p, {}, p.keys.pages != nullptr};
