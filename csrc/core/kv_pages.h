@@ -40,16 +40,18 @@ struct KvPages {
   const int32_t* places = nullptr;
   int64_t places_width = 0;
 
-  PageFormat format(bool value) const { return value ? v_format : k_format; }
+  constexpr PageFormat format(bool value) const { return value ? v_format : k_format; }
   // How many entries of the table stand before those of a page.
-  int64_t column(int64_t page) const { return page + (page < plain_pages ? page : plain_pages) * (parts - 1); }
-  bool before_rope() const { return rope.half > 0; }
+  constexpr int64_t column(int64_t page) const {
+    return page + (page < plain_pages ? page : plain_pages) * (parts - 1);
+  }
+  constexpr bool before_rope() const { return rope.half > 0; }
   // Of key i of a slot: i, where nothing is left out.
-  int64_t position(int64_t slot, int64_t key) const {
+  constexpr int64_t position(int64_t slot, int64_t key) const {
     if (places == nullptr) return key;
     return places[slot * places_width + key / page_size] * page_size + key % page_size;
   }
-  bool plain() const { return is_plain(k_format) && is_plain(v_format); }
+  constexpr bool plain() const { return is_plain(k_format) && is_plain(v_format); }
 };
 
 }  // namespace lcore

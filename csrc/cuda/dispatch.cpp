@@ -23,6 +23,7 @@ int architecture(const char* op) {
 
 void attention_forward(const AttentionParams& params, Stream& stream) {
   architecture("attention");
+  if (params.pages != nullptr) return generic::attention_paged(params, stream);
   generic::attention_forward(params, stream);
 }
 
@@ -39,6 +40,46 @@ void merge_states(const MergeParams& params, Stream& stream) {
 void merge_states_backward(const MergeGradParams& params, Stream& stream) {
   architecture("merge_states");
   generic::merge_states_backward(params, stream);
+}
+
+void hadamard(const HadamardParams& params, Stream& stream) {
+  architecture("hadamard");
+  generic::hadamard(params, stream);
+}
+
+void rope(const RopeParams& params, Stream& stream) {
+  architecture("rope");
+  generic::rope(params, stream);
+}
+
+void cache_append(const CacheAppendParams& params, Stream& stream) {
+  architecture("cache_append_");
+  generic::cache_append(params, stream);
+}
+
+void cache_compact(const CacheCompactParams& params, Stream& stream) {
+  architecture("cache_compact_");
+  generic::cache_compact(params, stream);
+}
+
+void page_bounds(const PageBoundsParams& params, Stream& stream) {
+  architecture("page_bounds");
+  generic::page_bounds(params, stream);
+}
+
+void page_scores(const PageScoresParams& params, Stream& stream) {
+  architecture("page_scores");
+  generic::page_scores(params, stream);
+}
+
+void select_pages(const SelectPagesParams& params, Stream& stream) {
+  architecture("select_pages");
+  generic::select_pages(params, stream);
+}
+
+void attention_forward(const AttentionParams& params, Stream& stream) {
+  architecture("attention");
+  generic::attention_paged(params, stream);
 }
 
 }  // namespace lcore::cuda

@@ -3,7 +3,13 @@
 #pragma once
 
 #include "core/attention.h"
+#include "core/cache_append.h"
+#include "core/cache_compact.h"
+#include "core/hadamard.h"
 #include "core/merge_states.h"
+#include "core/page_bounds.h"
+#include "core/rope.h"
+#include "core/select_pages.h"
 #include "cuda/stream.h"
 
 namespace lcore::cuda {
@@ -12,6 +18,14 @@ namespace lcore::cuda {
 namespace generic {
 void attention_forward(const AttentionParams& params, Stream& stream);
 void attention_backward(const AttentionGradParams& params, Stream& stream);
+void attention_paged(const AttentionParams& params, Stream& stream);
+void cache_append(const CacheAppendParams& params, Stream& stream);
+void cache_compact(const CacheCompactParams& params, Stream& stream);
+void hadamard(const HadamardParams& params, Stream& stream);
+void page_bounds(const PageBoundsParams& params, Stream& stream);
+void page_scores(const PageScoresParams& params, Stream& stream);
+void select_pages(const SelectPagesParams& params, Stream& stream);
+void rope(const RopeParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 }  // namespace generic
@@ -19,6 +33,13 @@ void merge_states_backward(const MergeGradParams& params, Stream& stream);
 // Each throws std::runtime_error on a chip older than sm_80, naming it.
 void attention_forward(const AttentionParams& params, Stream& stream);
 void attention_backward(const AttentionGradParams& params, Stream& stream);
+void cache_append(const CacheAppendParams& params, Stream& stream);
+void cache_compact(const CacheCompactParams& params, Stream& stream);
+void hadamard(const HadamardParams& params, Stream& stream);
+void page_bounds(const PageBoundsParams& params, Stream& stream);
+void page_scores(const PageScoresParams& params, Stream& stream);
+void select_pages(const SelectPagesParams& params, Stream& stream);
+void rope(const RopeParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 

@@ -1,6 +1,6 @@
-// lcore::attention_paged: attention over a paged cache, on CPU tensors.
-#include "cpu/kernels.h"
+// lcore::attention_paged: attention over a paged cache.
 #include "torch/attention_params.h"
+#include "torch/device.h"
 
 namespace lcore {
 namespace {
@@ -19,15 +19,14 @@ std::tuple<Tensor, Tensor> attention_paged(Tensor q, Tensor pool, Tensor page_ta
   AttentionParams p = paged_params("attention_paged", q, cache, lengths, window_size, softmax_scale, softcap,
                                    alibi_slopes, sinks, pages);
   auto results = new_results(q, p, lengths.has_value());
-  TorchExecutor executor;
-  cpu::kernels().attention_forward(p, executor);
+  LCORE_RUN(attention_forward, q, p)
   return results;
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "attention_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
       " str k_format, str v_format, int page_size, Tensor? lengths, int[] window_size, float softmax_scale,"
@@ -35,4 +34,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       " float attention_scaling=1.0, bool interleaved=False, Tensor? places=None) -> (Tensor out, Tensor lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("attention_paged", LCORE_BOX(lcore::attention_paged)); }
+LCORE_KERNELS(m) { m.impl<lcore::attention_paged>("attention_paged"); }

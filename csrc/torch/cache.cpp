@@ -1,11 +1,11 @@
-// lcore::cache_append_ on CPU tensors, and the checks of a paged cache's tensors.
+// lcore::cache_append_, and the checks of a paged cache's tensors.
 #include "torch/cache.h"
 
 #include <algorithm>
 #include <limits>
 
 #include "core/cache_append.h"
-#include "cpu/kernels.h"
+#include "torch/device.h"
 
 namespace lcore {
 
@@ -36,7 +36,7 @@ KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, c
                  const Tensor& tail_k, const Tensor& tail_v, const std::string& k_format, const std::string& v_format,
                  int64_t page_size, int64_t plain_pages, int64_t parts, const std::vector<int64_t>& added) {
   for (const Tensor* t : {&pool, &page_table, &kv_lengths, &tail_k, &tail_v}) {
-    require(t->is_cpu() && t->is_contiguous(), op, "the cache's tensors must be contiguous and on the CPU");
+    require(t->is_contiguous(), op, "the cache's tensors must be contiguous");
   }
   require(pool.dim() == 2 && page_table.dim() == 3 && kv_lengths.dim() == 2 && tail_k.dim() == 4 && tail_v.dim() == 4,
           op, "pool, page_table, kv_lengths, tail_k and tail_v must have 2, 3, 2, 4 and 4 dimensions");
@@ -73,7 +73,7 @@ KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, c
   pages.lengths = static_cast<const int32_t*>(kv_lengths.data_ptr());
   pages.tail_k = tail_k.data_ptr();
   pages.tail_v = tail_v.data_ptr();
-  for (int64_t slot = 0; slot < batch * kv_heads; ++slot) {
+  for (int64_t slot = 0; !on_gpu(pool) && slot < batch * kv_heads; ++slot) {
     const int64_t length = pages.lengths[slot] + (added.empty() ? 0 : added[slot / kv_heads]);
     require(pages.lengths[slot] >= 0 && length <= std::numeric_limits<int32_t>::max() &&
                 pages.column(length / page_size) <= pages.table_width,
@@ -88,11 +88,11 @@ KvPages kv_pages(const char* op, const Tensor& pool, const Tensor& page_table, c
 
 const int64_t* row_counts(const char* op, const std::optional<Tensor>& lengths, int64_t batch, int64_t most) {
   if (!lengths.has_value()) return nullptr;
-  require(lengths->is_cpu() && lengths->is_contiguous() && lengths->scalar_type() == ScalarType::Long &&
-              lengths->dim() == 1 && lengths->size(0) == batch,
+  require(lengths->is_contiguous() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
+              lengths->size(0) == batch,
           op, "lengths must be contiguous int64 of shape (batch,)");
   const auto* counts = static_cast<const int64_t*>(lengths->data_ptr());
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; !on_gpu(*lengths) && b < batch; ++b) {
     require(counts[b] >= 0 && counts[b] <= most, op,
             "lengths must lie in [0, " + std::to_string(most) + "], got " + std::to_string(counts[b]));
   }
@@ -111,8 +111,8 @@ void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail
                   std::string k_format, std::string v_format, int64_t page_size, std::optional<Tensor> lengths,
                   int64_t plain_pages, int64_t parts) {
   const char* op = "cache_append_";
-  require(k.is_cpu() && v.is_cpu() && k.dim() == 4 && v.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op,
-          "k, v and the tails must be on the CPU with 4 dimensions");
+  require(k.dim() == 4 && v.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op,
+          "k, v and the tails must have 4 dimensions");
   require(is_cached_type(k) && k.scalar_type() == tail_k.scalar_type() && v.scalar_type() == k.scalar_type(), op,
           "k and v must have the tails' dtype, float32, float64, float16 or bfloat16");
   require(k.size(0) == tail_k.size(0) && k.size(2) == tail_k.size(1) && k.size(3) == tail_k.size(3), op,
@@ -127,8 +127,8 @@ void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail
   p.head_dim = static_cast<int>(k.size(3));
   p.head_dim_v = static_cast<int>(v.size(3));
   p.counts = row_counts(op, lengths, p.batch, p.new_tokens);
-  const std::vector<int64_t> added = p.counts == nullptr ? std::vector<int64_t>(p.batch, p.new_tokens)
-                                                         : std::vector<int64_t>(p.counts, p.counts + p.batch);
+  std::vector<int64_t> added(p.batch, p.new_tokens);
+  if (p.counts != nullptr && !on_gpu(k)) added.assign(p.counts, p.counts + p.batch);
   p.pages = kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, plain_pages,
                      parts, added);
   p.pool = static_cast<uint8_t*>(pool.data_ptr());
@@ -137,18 +137,17 @@ void cache_append(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail
   p.tail_v = tail_v.data_ptr();
   p.k = strided(k);
   p.v = strided(v);
-  TorchExecutor executor;
-  cpu::kernels().cache_append(p, executor);
+  LCORE_RUN(cache_append, k, p)
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "cache_append_(Tensor(a!) pool, Tensor page_table, Tensor(b!) kv_lengths, Tensor(c!) tail_k, Tensor(d!) tail_v,"
       " Tensor k, Tensor v, str k_format, str v_format, int page_size, Tensor? lengths, int plain_pages=0,"
       " int parts=1) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("cache_append_", LCORE_BOX(lcore::cache_append)); }
+LCORE_KERNELS(m) { m.impl<lcore::cache_append>("cache_append_"); }

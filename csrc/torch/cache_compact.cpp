@@ -1,8 +1,8 @@
-// lcore::cache_compact_ on CPU tensors.
+// lcore::cache_compact_.
 #include "core/cache_compact.h"
 
-#include "cpu/kernels.h"
 #include "torch/cache.h"
+#include "torch/device.h"
 
 namespace lcore {
 namespace {
@@ -12,13 +12,13 @@ using torch::headeronly::ScalarType;
 // The tokens to keep of every slot: rising, and among those that the slot holds.
 void check_keep(const char* op, const KvPages& pages, const Tensor& keep, const Tensor& offsets, int64_t slots) {
   for (const Tensor* t : {&keep, &offsets}) {
-    require(t->is_cpu() && t->is_contiguous() && t->dim() == 1, op,
-            "keep and offsets must be contiguous vectors on the CPU");
+    require(t->is_contiguous() && t->dim() == 1, op, "keep and offsets must be contiguous vectors");
   }
   require(keep.scalar_type() == ScalarType::Int && offsets.scalar_type() == ScalarType::Long, op,
           "keep must be int32 and offsets int64");
   require(offsets.size(0) == slots + 1, op,
           "offsets must have batch * kv_heads + 1 entries, got " + shape_text(offsets));
+  if (on_gpu(keep)) return;
   const auto* tokens = static_cast<const int32_t*>(keep.data_ptr());
   const auto* first = static_cast<const int64_t*>(offsets.data_ptr());
   require(first[0] == 0 && first[slots] == keep.size(0), op, "offsets must go from 0 to the number of tokens to keep");
@@ -35,10 +35,10 @@ void check_keep(const char* op, const KvPages& pages, const Tensor& keep, const 
 // A page for each full page of kept tokens.
 void check_new_table(const char* op, const CacheCompactParams& p, const Tensor& table, const Tensor& tails,
                      int64_t num_pages) {
-  require(table.is_cpu() && table.is_contiguous() && table.dim() == 3 && table.scalar_type() == ScalarType::Int &&
+  require(table.is_contiguous() && table.dim() == 3 && table.scalar_type() == ScalarType::Int &&
               table.size(0) == tails.size(0) && table.size(1) == tails.size(1),
-          op, "new_table must be contiguous int32 of shape (batch, kv_heads, width) on the CPU");
-  for (int64_t slot = 0; slot < p.slots; ++slot) {
+          op, "new_table must be contiguous int32 of shape (batch, kv_heads, width)");
+  for (int64_t slot = 0; !on_gpu(table) && slot < p.slots; ++slot) {
     const int64_t pages = (p.offsets[slot + 1] - p.offsets[slot]) / p.pages.page_size;
     require(pages <= p.new_width, op, "new_table must be wide enough for the tokens to keep");
     for (int64_t i = 0; i < pages; ++i) {
@@ -72,18 +72,17 @@ void cache_compact(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tai
   p.lengths = static_cast<int32_t*>(kv_lengths.data_ptr());
   p.tail_k = tail_k.data_ptr();
   p.tail_v = tail_v.data_ptr();
-  TorchExecutor executor;
-  cpu::kernels().cache_compact(p, executor);
+  LCORE_RUN(cache_compact, pool, p)
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "cache_compact_(Tensor(a!) pool, Tensor(b!) page_table, Tensor(c!) kv_lengths, Tensor(d!) tail_k,"
       " Tensor(e!) tail_v, Tensor new_table, Tensor keep, Tensor offsets, str k_format, str v_format, int page_size)"
       " -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("cache_compact_", LCORE_BOX(lcore::cache_compact)); }
+LCORE_KERNELS(m) { m.impl<lcore::cache_compact>("cache_compact_"); }

@@ -1,16 +1,14 @@
-// lcore::hadamard on CPU tensors.
+// lcore::hadamard.
 #include "core/hadamard.h"
 
-#include "cpu/kernels.h"
-#include "torch/library.h"
+#include "torch/device.h"
 
 namespace lcore {
 namespace {
 
 Tensor hadamard(Tensor x, bool inverse) {
   const int64_t rank = x.dim();
-  require(x.is_cpu() && (rank == 3 || rank == 4), "hadamard",
-          "x must be on the CPU with 3 or 4 dimensions, got " + shape_text(x));
+  require(rank == 3 || rank == 4, "hadamard", "x must have 3 or 4 dimensions, got " + shape_text(x));
   HadamardParams p{};
   p.type = dtype_of(x);
   p.x = strided(x);
@@ -21,14 +19,13 @@ Tensor hadamard(Tensor x, bool inverse) {
   p.inverse = inverse;
   Tensor out = new_tensor(x, {x.sizes().begin(), x.sizes().end()});
   p.out = out.data_ptr();
-  TorchExecutor executor;
-  cpu::kernels().hadamard(p, executor);
+  LCORE_RUN(hadamard, x, p)
   return out;
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) { m.def("hadamard(Tensor x, bool inverse=False) -> Tensor"); }
+LCORE_SCHEMAS(m) { m.def("hadamard(Tensor x, bool inverse=False) -> Tensor"); }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("hadamard", LCORE_BOX(lcore::hadamard)); }
+LCORE_KERNELS(m) { m.impl<lcore::hadamard>("hadamard"); }

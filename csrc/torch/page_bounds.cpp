@@ -1,12 +1,12 @@
-// lcore::page_bounds, lcore::page_bounds_paged and lcore::page_scores on CPU tensors.
+// lcore::page_bounds, lcore::page_bounds_paged and lcore::page_scores.
 #include "core/page_bounds.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "cpu/kernels.h"
 #include "torch/cache.h"
+#include "torch/device.h"
 #include "torch/rope.h"
 
 namespace lcore {
@@ -28,15 +28,13 @@ Tensor run_bounds(const char* op, PageBoundsParams p, const Tensor& like, const 
                              wide ? ScalarType::Float : ScalarType::BFloat16);
   p.type = wide ? DType::kFloat32 : DType::kBFloat16;
   p.bounds = bounds.data_ptr();
-  TorchExecutor executor;
-  cpu::kernels().page_bounds(p, executor);
+  LCORE_RUN(page_bounds, like, p)
   return bounds;
 }
 
 Tensor page_bounds(Tensor k, int64_t page_size, std::string dtype) {
   const char* op = "page_bounds";
-  require(k.is_cpu() && k.dim() == 4 && is_plain_float(k), op,
-          "k must have 4 dimensions, on the CPU, float32, float16 or bfloat16");
+  require(k.dim() == 4 && is_plain_float(k), op, "k must have 4 dimensions, float32, float16 or bfloat16");
   require(page_size > 0 && page_size <= std::numeric_limits<int>::max(), op,
           "page_size must be positive, got " + std::to_string(page_size));
   PageBoundsParams p{};
@@ -79,8 +77,7 @@ Tensor page_bounds_paged(Tensor pool, Tensor page_table, Tensor kv_lengths, Tens
 Tensor page_scores(Tensor q, Tensor bounds, std::optional<Tensor> page_counts, std::optional<Tensor> lengths,
                    std::optional<double> softmax_scale, bool per_head) {
   const char* op = "page_scores";
-  require(q.is_cpu() && bounds.is_cpu() && q.dim() == 4 && bounds.dim() == 5, op,
-          "q and bounds must be on the CPU with 4 and 5 dimensions");
+  require(q.dim() == 4 && bounds.dim() == 5, op, "q and bounds must have 4 and 5 dimensions");
   require(is_plain_float(q), op, "q must have dtype float32, float16 or bfloat16");
   require(bounds.scalar_type() == ScalarType::Float || bounds.scalar_type() == ScalarType::BFloat16, op,
           "bounds must have dtype float32 or bfloat16");
@@ -101,8 +98,8 @@ Tensor page_scores(Tensor q, Tensor bounds, std::optional<Tensor> page_counts, s
   p.bounds_type = dtype_of(bounds);
   p.bounds = {bounds.data_ptr(), strides[0], strides[2], strides[1], 1};
   if (page_counts.has_value()) {
-    require(page_counts->is_cpu() && page_counts->is_contiguous() && page_counts->scalar_type() == ScalarType::Int &&
-                page_counts->dim() == 2 && page_counts->size(0) == p.batch && page_counts->size(1) == p.kv_heads,
+    require(page_counts->is_contiguous() && page_counts->scalar_type() == ScalarType::Int && page_counts->dim() == 2 &&
+                page_counts->size(0) == p.batch && page_counts->size(1) == p.kv_heads,
             op, "page_counts must be contiguous int32 of shape (batch, kv_heads)");
     p.page_counts = static_cast<const int32_t*>(page_counts->data_ptr());
   }
@@ -111,15 +108,14 @@ Tensor page_scores(Tensor q, Tensor bounds, std::optional<Tensor> page_counts, s
   p.softmax_scale = softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(std::max(p.head_dim, 1))));
   Tensor scores = new_tensor(q, {p.batch, per_head ? p.heads : p.kv_heads, p.pages}, ScalarType::Float);
   p.scores = static_cast<float*>(scores.data_ptr());
-  TorchExecutor executor;
-  cpu::kernels().page_scores(p, executor);
+  LCORE_RUN(page_scores, q, p)
   return scores;
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def("page_bounds(Tensor k, int page_size, str dtype=\"bfloat16\") -> Tensor");
   m.def(
       "page_bounds_paged(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
@@ -130,8 +126,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       " bool per_head=False) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
-  m.impl("page_bounds", LCORE_BOX(lcore::page_bounds));
-  m.impl("page_bounds_paged", LCORE_BOX(lcore::page_bounds_paged));
-  m.impl("page_scores", LCORE_BOX(lcore::page_scores));
+LCORE_KERNELS(m) {
+  m.impl<lcore::page_bounds>("page_bounds");
+  m.impl<lcore::page_bounds_paged>("page_bounds_paged");
+  m.impl<lcore::page_scores>("page_scores");
 }

@@ -1,24 +1,26 @@
-// The arguments of ops on a paged cache, on the CPU.
+// The arguments of ops on a paged cache.
 #include <algorithm>
 
 #include "torch/attention_params.h"
 #include "torch/cache.h"
+#include "torch/device.h"
 #include "torch/rope.h"
 
 namespace lcore {
-namespace {
 
 using torch::headeronly::ScalarType;
 
+namespace {
+
 void set_places(const char* op, const Tensor& places, int64_t batch, int64_t kv_heads, KvPages& pages) {
-  require(places.is_cpu() && places.is_contiguous() && places.scalar_type() == ScalarType::Int && places.dim() == 3 &&
+  require(places.is_contiguous() && places.scalar_type() == ScalarType::Int && places.dim() == 3 &&
               places.size(0) == batch && places.size(1) == kv_heads,
           op, "places must be contiguous int32 of shape (batch, kv_heads, pages + 1), got " + shape_text(places));
   require(pages.page_size % 16 == 0, op,
           "page_size must be a multiple of 16 with places, got " + std::to_string(pages.page_size));
   pages.places = static_cast<const int32_t*>(places.data_ptr());
   pages.places_width = places.size(2);
-  for (int64_t slot = 0; slot < batch * kv_heads; ++slot) {
+  for (int64_t slot = 0; !on_gpu(places) && slot < batch * kv_heads; ++slot) {
     const int64_t full = pages.lengths[slot] / pages.page_size;
     require(full < pages.places_width, op, "places must have an entry for every full page and one for the tail");
     const int32_t* own = pages.places + slot * pages.places_width;
@@ -33,8 +35,7 @@ AttentionParams paged_params(const char* op, const Tensor& q, const CacheArgumen
                              double softmax_scale, double softcap, const OptionalTensor& alibi_slopes,
                              const OptionalTensor& sinks, KvPages& pages) {
   const Tensor &tail_k = cache.tail_k, &tail_v = cache.tail_v;
-  require(q.is_cpu() && q.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op,
-          "q and the tails must have 4 dimensions, q on the CPU");
+  require(q.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op, "q and the tails must have 4 dimensions");
   AttentionParams p{};
   p.type = dtype_of(q);
   p.q = strided(q);

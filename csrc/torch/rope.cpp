@@ -1,15 +1,15 @@
-// lcore::rope on CPU tensors.
+// lcore::rope.
 #include "core/rope.h"
 
-#include "cpu/kernels.h"
+#include "torch/device.h"
 #include "torch/rope.h"
 
 namespace lcore {
 
 Rotation rotation_of(const char* op, const Tensor& inv_freq, double attention_scaling, bool interleaved,
                      int64_t head_dim) {
-  require(inv_freq.is_cpu() && inv_freq.dim() == 1 && inv_freq.is_contiguous() && 2 * inv_freq.size(0) <= head_dim, op,
-          "inv_freq must be contiguous on the CPU with at most head_dim / 2 entries, got " + shape_text(inv_freq));
+  require(inv_freq.dim() == 1 && inv_freq.is_contiguous() && 2 * inv_freq.size(0) <= head_dim, op,
+          "inv_freq must be contiguous with at most head_dim / 2 entries, got " + shape_text(inv_freq));
   const DType type = dtype_of(inv_freq);
   require(type == DType::kFloat32 || type == DType::kFloat64, op, "inv_freq must be float32 or float64");
   return {inv_freq.data_ptr(), type, static_cast<int>(inv_freq.size(0)), attention_scaling, interleaved};
@@ -20,7 +20,6 @@ namespace {
 Tensor rope(Tensor x, Tensor positions, Tensor inv_freq, double attention_scaling, bool interleaved, bool inverse) {
   const char* op = "rope";
   const int64_t rank = x.dim();
-  require(x.is_cpu() && positions.is_cpu(), op, "x and positions must be on the CPU");
   require(rank == 3 || rank == 4, op, "x must have 3 or 4 dimensions, got " + shape_text(x));
   RopeParams p{};
   p.type = dtype_of(x);
@@ -43,18 +42,17 @@ Tensor rope(Tensor x, Tensor positions, Tensor inv_freq, double attention_scalin
   p.inverse = inverse;
   Tensor out = new_tensor(x, {x.sizes().begin(), x.sizes().end()});
   p.out = out.data_ptr();
-  TorchExecutor executor;
-  cpu::kernels().rope(p, executor);
+  LCORE_RUN(rope, x, p)
   return out;
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "rope(Tensor x, Tensor positions, Tensor inv_freq, float attention_scaling=1.0, bool interleaved=False,"
       " bool inverse=False) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("rope", LCORE_BOX(lcore::rope)); }
+LCORE_KERNELS(m) { m.impl<lcore::rope>("rope"); }

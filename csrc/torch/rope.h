@@ -6,7 +6,7 @@
 
 namespace lcore {
 
-// inv_freq (rotary_dim / 2) float32 or float64, contiguous on the CPU; it must outlive the result.
+// inv_freq (rotary_dim / 2) float32 or float64, contiguous; it must outlive the result.
 Rotation rotation_of(const char* op, const Tensor& inv_freq, double attention_scaling, bool interleaved,
                      int64_t head_dim);
 

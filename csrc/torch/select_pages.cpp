@@ -1,11 +1,10 @@
-// lcore::select_pages on CPU tensors.
+// lcore::select_pages.
 #include "core/select_pages.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "cpu/kernels.h"
-#include "torch/library.h"
+#include "torch/device.h"
 
 namespace lcore {
 namespace {
@@ -13,16 +12,15 @@ namespace {
 using torch::headeronly::ScalarType;
 
 const int32_t* page_numbers(const char* name, const Tensor& t, const SelectPagesParams& p) {
-  require(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Int && t.dim() == 2 &&
-              t.size(0) == p.batch && t.size(1) == p.kv_heads,
+  require(t.is_contiguous() && t.scalar_type() == ScalarType::Int && t.dim() == 2 && t.size(0) == p.batch &&
+              t.size(1) == p.kv_heads,
           "select_pages", std::string(name) + " must be contiguous int32 of shape (batch, kv_heads)");
   return static_cast<const int32_t*>(t.data_ptr());
 }
 
 std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor ranked, Tensor read, int64_t sinks, int64_t width) {
   const char* op = "select_pages";
-  require(scores.is_cpu() && scores.is_contiguous() && scores.scalar_type() == ScalarType::Float && scores.dim() == 3 &&
-              ranked.dim() == 2,
+  require(scores.is_contiguous() && scores.scalar_type() == ScalarType::Float && scores.dim() == 3 && ranked.dim() == 2,
           op, "scores must be contiguous float32 of shape (batch, heads, pages), got " + shape_text(scores));
   SelectPagesParams p{};
   p.batch = scores.size(0);
@@ -34,7 +32,7 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor ranked, Tensor rea
           "pages, width and sinks must not be negative, and pages below 2^30");
   p.ranked = page_numbers("ranked", ranked, p);
   p.read = page_numbers("read", read, p);
-  for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
+  for (int64_t i = 0; !on_gpu(ranked) && i < p.batch * p.kv_heads; ++i) {
     require(p.read[i] >= 0 && p.read[i] <= p.ranked[i] && p.ranked[i] <= p.pages && p.read[i] <= width, op,
             "0 <= read <= ranked <= pages and read <= width must hold");
   }
@@ -45,17 +43,16 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor ranked, Tensor rea
   Tensor unread = new_tensor(scores, {p.batch, p.heads});
   p.chosen = static_cast<int32_t*>(chosen.data_ptr());
   p.unread = static_cast<float*>(unread.data_ptr());
-  TorchExecutor executor;
-  cpu::kernels().select_pages(p, executor);
+  LCORE_RUN(select_pages, scores, p)
   return {chosen, unread};
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "select_pages(Tensor scores, Tensor ranked, Tensor read, int sinks, int width) -> (Tensor pages, Tensor unread)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("select_pages", LCORE_BOX(lcore::select_pages)); }
+LCORE_KERNELS(m) { m.impl<lcore::select_pages>("select_pages"); }

@@ -3,6 +3,7 @@
 
 #include <math.h>  // CUDA has isnan and the like without std::
 
+#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,38 @@ inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+template <class F>
+float rounded_up(F&& f) {
+  const int before = std::fegetround();
+  std::fesetround(FE_UPWARD);
+  const volatile float x = f();  // before the mode changes back
+  std::fesetround(before);
+  return x;
+}
+inline float __fmaf_ru(float x, float y, float z) {
+  const volatile float a = x, b = y, c = z;  // computed here, not where the mode is another
+  return rounded_up([&] { return std::fma(a, b, c); });
+}
+inline float __fadd_ru(float x, float y) {
+  const volatile float a = x, b = y;
+  return rounded_up([&] { return a + b; });
+}
+inline float __double2float_ru(double x) {
+  const volatile double a = x;
+  return rounded_up([&] { return static_cast<float>(a); });
+}
 inline float __saturatef(float x) { return x > 1 ? 1 : x > 0 ? x : 0; }
+inline void sincospi(double x, double* sine, double* cosine) {
+  const double angle = (x - 2 * std::nearbyint(x / 2)) * 3.14159265358979323846;
+  *sine = std::sin(angle);
+  *cosine = std::cos(angle);
+}
+inline void sincospif(float x, float* sine, float* cosine) {
+  double s, c;
+  sincospi(static_cast<double>(x), &s, &c);
+  *sine = static_cast<float>(s);
+  *cosine = static_cast<float>(c);
+}
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
