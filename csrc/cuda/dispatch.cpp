@@ -77,9 +77,4 @@ void select_pages(const SelectPagesParams& params, Stream& stream) {
   generic::select_pages(params, stream);
 }
 
-void attention_forward(const AttentionParams& params, Stream& stream) {
-  architecture("attention");
-  generic::attention_paged(params, stream);
-}
-
 }  // namespace lcore::cuda
