@@ -18,7 +18,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
-KERNELS = ("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes")
+KERNELS = (
+    *("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes"),
+    *("move_box", "move_bytes", "exchange", "wgmma", "pipeline"),
+)
 
 
 def commanded(*command: object) -> tuple[bool, str]:

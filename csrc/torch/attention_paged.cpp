@@ -10,10 +10,11 @@ std::tuple<Tensor, Tensor> attention_paged(Tensor q, Tensor pool, Tensor page_ta
                                            OptionalTensor lengths, std::vector<int64_t> window_size,
                                            double softmax_scale, double softcap, OptionalTensor alibi_slopes,
                                            OptionalTensor sinks, int64_t plain_pages, int64_t parts,
-                                           OptionalTensor inv_freq, double attention_scaling, bool interleaved) {
-  const CacheArguments cache{pool,     page_table,        kv_lengths, tail_k,      tail_v,
-                             k_format, v_format,          page_size,  plain_pages, parts,
-                             inv_freq, attention_scaling, interleaved};
+                                           OptionalTensor inv_freq, double attention_scaling, bool interleaved,
+                                           OptionalTensor places) {
+  const CacheArguments cache{pool,     page_table,        kv_lengths,  tail_k,      tail_v,
+                             k_format, v_format,          page_size,   plain_pages, parts,
+                             inv_freq, attention_scaling, interleaved, places};
   KvPages pages;
   AttentionParams p = paged_params("attention_paged", q, cache, lengths, window_size, softmax_scale, softcap,
                                    alibi_slopes, sinks, pages);
@@ -31,7 +32,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       "attention_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
       " str k_format, str v_format, int page_size, Tensor? lengths, int[] window_size, float softmax_scale,"
       " float softcap, Tensor? alibi_slopes, Tensor? sinks, int plain_pages=0, int parts=1, Tensor? inv_freq=None,"
-      " float attention_scaling=1.0, bool interleaved=False) -> (Tensor out, Tensor lse)");
+      " float attention_scaling=1.0, bool interleaved=False, Tensor? places=None) -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) { m.impl("attention_paged", LCORE_BOX(lcore::attention_paged)); }

@@ -39,6 +39,7 @@ struct CacheArguments {
   const OptionalTensor& inv_freq;
   double attention_scaling;
   bool interleaved;
+  OptionalTensor places = std::nullopt;  // int32 (batch, kv_heads, pages and one more): KvPages::places
 };
 
 // The same for the last tokens of a cache's sequences, always causal. The tensors and `pages`, which is written, must

@@ -1,9 +1,32 @@
 // The arguments of ops on a paged cache, on the CPU.
+#include <algorithm>
+
 #include "torch/attention_params.h"
 #include "torch/cache.h"
 #include "torch/rope.h"
 
 namespace lcore {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+void set_places(const char* op, const Tensor& places, int64_t batch, int64_t kv_heads, KvPages& pages) {
+  require(places.is_cpu() && places.is_contiguous() && places.scalar_type() == ScalarType::Int && places.dim() == 3 &&
+              places.size(0) == batch && places.size(1) == kv_heads,
+          op, "places must be contiguous int32 of shape (batch, kv_heads, pages + 1), got " + shape_text(places));
+  require(pages.page_size % 16 == 0, op,
+          "page_size must be a multiple of 16 with places, got " + std::to_string(pages.page_size));
+  pages.places = static_cast<const int32_t*>(places.data_ptr());
+  pages.places_width = places.size(2);
+  for (int64_t slot = 0; slot < batch * kv_heads; ++slot) {
+    const int64_t full = pages.lengths[slot] / pages.page_size;
+    require(full < pages.places_width, op, "places must have an entry for every full page and one for the tail");
+    const int32_t* own = pages.places + slot * pages.places_width;
+    require(std::all_of(own, own + full + 1, [](int32_t place) { return place >= 0; }), op, "places must be >= 0");
+  }
+}
+
+}  // namespace
 
 AttentionParams paged_params(const char* op, const Tensor& q, const CacheArguments& cache,
                              const OptionalTensor& lengths, const std::vector<int64_t>& window_size,
@@ -29,6 +52,7 @@ AttentionParams paged_params(const char* op, const Tensor& q, const CacheArgumen
   if (cache.inv_freq.has_value()) {
     pages.rope = rotation_of(op, *cache.inv_freq, cache.attention_scaling, cache.interleaved, p.head_dim);
   }
+  if (cache.places.has_value()) set_places(op, *cache.places, p.batch, p.kv_heads, pages);
   p.pages = &pages;
   p.q_lengths = row_counts(op, lengths, p.batch, p.seq_q);
   p.lse_head = p.seq_q;

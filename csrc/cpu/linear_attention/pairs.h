@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cpu/linear_attention/decay.h"
-#include "cpu/masked_gemm.h"
 
 namespace lcore::cpu::LCORE_ISA {
 
@@ -47,6 +46,16 @@ void pack_transposed(const T* tile, int64_t ld, int rows, int dim, T* panels) {
     std::fill(panels + int64_t{last} * dim, panels + int64_t{cols} * dim, T{0});
   }
   pack_columns<Widened<T>>({tile, kTypeOf<T>, ld, 1}, rows, dim, panels, cols);
+}
+
+// Pairs of a token with itself, which no decay touches, with a factor for each channel.
+template <class T>
+void set_diagonal(const T* x, const T* y, const T* factors, int ld, int n, T* pairs) {
+  for (int t = 0; t < n; ++t) {
+    Vec<T> sum{};
+    for (int c = 0; c < ld; c += kLanes<T>) sum += load(x + t * ld + c) * load(factors + c) * load(y + t * ld + c);
+    pairs[t * kChunk + t] = reduce_add<T>(sum);
+  }
 }
 
 // Zeroes what stands behind column i of row i.
