@@ -56,8 +56,8 @@ def gradients(module, tensors, state, grads, dtype=None, **arguments):
 
 
 def check(tensors, state=None, *, floor=4.0, slack_ulp=32, of=("out", *NAMES), **arguments):
-    """Results and gradients against the recurrence in float64. Where n^T q is small, a gradient grows as the square of
-    1 / |n^T q|, and what rounding does to n^T q with it.
+    """Results and gradients against the recurrence in float64. Where n^T q is small, a gradient grows with the square
+    of 1 / |n^T q|, and what rounding does to n^T q with it.
     """
     dtype, wide = tensors["q"].dtype, tensors["i"].dtype
     shapes = run(lcore, tensors, state, **arguments)

@@ -24,6 +24,8 @@ Strided numbers(const char* name, const Tensor& t, const LinearAttentionParams& 
   std::vector<int64_t> shape = {p.seq, p.heads};
   if (!packed) shape.insert(shape.begin(), p.batch);
   if (channels) shape.push_back(p.key_dim);
+  require((dtype_of(t) == DType::kFloat64) == (p.type == DType::kFloat64), kOp,
+          std::string(name) + " must be float64 where q is, and only there");
   require(t.is_cpu() && has_shape(t, shape), kOp,
           std::string(name) + " must have one number a token and head, or for g one a key channel, got shape " +
               shape_text(t));

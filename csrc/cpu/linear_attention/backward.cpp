@@ -75,10 +75,10 @@ class HeadGradients {
     chunk_.load_values(item_, c, state);
     chunk_.load_queries(item_, c);
     const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
-    load_rows(rows_at(g_.dout, p_.type, item_, item_.head, c * kChunk), n, p_.value_dim, b_.dout, ld_v);
+    load_tensor(rows_at(g_.dout, p_.type, item_, item_.head, c * kChunk), n, p_.value_dim, b_.dout, ld_v);
     if (b_.output.needs_rows()) chunk_.read(state, b_.rows_v);
     b_.output.gradients(g_, item_, c * kChunk, n, b_.rows_v, b_.dout, b_.dskip);
-    pack_rows<M>(rows_of(b_.dout, ld_v), n, chunk_.columns, b_.dout_panels, n, ld_v);
+    pack_tile(b_.dout, ld_v, n, b_.dout_panels);
     b_.unpack(chunk_.values);
     pack_transposed(b_.rows_v, ld_v, n, chunk_.columns, b_.values_t);
     std::fill(b_.dg, b_.dg + (kChannel ? n * ld : n), T{0});
@@ -96,7 +96,7 @@ class HeadGradients {
     chunk_.decay.apply(chunk_.decay.prefix, dq, n - late, dq);
     b_.add_entering(q, dq, n - late);
     if (late != 0) add_own_gradients();
-    pair_gradients(chunk_.decay, q, chunk_.k, chunk_.scores + late * kChunk, n - late, p_.key_dim, chunk_.pairs,
+    pair_gradients(chunk_.decay, q, chunk_.k, chunk_.scores + late * kChunk, n - late, chunk_.pairs,
                    b_.dscores + late * kChunk, dq, b_.dk, b_.dg);
     if constexpr (kChannel) {
       if (chunk_.has_rank_one()) rank_one_gradients(state);
@@ -141,8 +141,7 @@ class HeadGradients {
     chunk_.decay.apply(chunk_.decay.suffix, b_.db, n, b_.db);
     b_.add_leaving(one.b, b_.db, nullptr);
     multiply_lower(b_.dout, ld_v, b_.found_t, chunk_.columns, n, b_.dscores);
-    pair_gradients(chunk_.decay, chunk_.q, one.b, one.scores, n, p_.key_dim, chunk_.pairs, b_.dscores, b_.dq, b_.db,
-                   b_.dg);
+    pair_gradients(chunk_.decay, chunk_.q, one.b, one.scores, n, chunk_.pairs, b_.dscores, b_.dq, b_.db, b_.dg);
     b_.unpack(b_.dfound);
     b_.through_state(state, b_.rows_v, b_.da);
     T *const a = one.a + ld, *const da = b_.da + ld;
@@ -151,8 +150,7 @@ class HeadGradients {
     const auto add_pairs = [&](const T* values_t, const T* keys, const T* pairs, T* dkeys) {
       multiply_lower(b_.rows_v, ld_v, values_t, chunk_.columns, n, b_.dscores);
       for (int t = 0; t < n; ++t) b_.dscores[t * kChunk + t] = T{0};
-      pair_gradients(chunk_.decay, a, keys, pairs + kChunk, n - 1, p_.key_dim, chunk_.pairs, b_.dscores + kChunk, da,
-                     dkeys, b_.dg);
+      pair_gradients(chunk_.decay, a, keys, pairs + kChunk, n - 1, chunk_.pairs, b_.dscores + kChunk, da, dkeys, b_.dg);
     };
     add_pairs(b_.values_t, chunk_.k, one.given, b_.dk);
     add_pairs(b_.found_t, one.b, one.minus, b_.db);
@@ -180,8 +178,7 @@ class HeadGradients {
       }
       b_.dbeta[i] += sum;
     }
-    pair_gradients(chunk_.decay, chunk_.k, chunk_.k, chunk_.overlap, n, p_.key_dim, chunk_.pairs, b_.dscores, b_.dk,
-                   b_.dk, b_.dg);
+    pair_gradients(chunk_.decay, chunk_.k, chunk_.k, chunk_.overlap, n, chunk_.pairs, b_.dscores, b_.dk, b_.dk, b_.dg);
     scale_rows(b_.dvalues, n, ld_v, chunk_.beta);
     // R = V0 - K_in S.
     for (int t = 0; t < n; ++t) {
@@ -201,24 +198,24 @@ class HeadGradients {
     const T scale = static_cast<T>(p_.scale);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dq + i, load(b_.dq + i) * scale);
     const RowsIn v = rows_at(p_.v, p_.type, item_, item_.head, token);
-    if (g_.dweight != nullptr) load_rows(v, n, p_.value_dim, b_.rows_v, ld_v);
+    if (g_.dweight != nullptr) load_tensor(v, n, p_.value_dim, b_.rows_v, ld_v);
     for (int t = 0; t < n; ++t) {
       const int64_t at = row_index(p_, item_, token + t, p_.heads, item_.head);
       store_key_row(b_.dq + t * ld, g_.dq, g_.dq_of_heads, token + t);
       store_key_row(b_.dk + t * ld, g_.dk, g_.dk_of_heads, token + t);
       const int width = kChannel ? p_.key_dim : 1;
-      store_row(b_.dg + t * (kChannel ? ld : 1), width, element_at(g_.dg, p_.g_type, at * width), p_.g_type);
-      if (g_.dbeta != nullptr) store_row(b_.dbeta + t, 1, element_at(g_.dbeta, p_.beta_type, at), p_.beta_type);
+      store_tensor(b_.dg + t * (kChannel ? ld : 1), width, element_at(g_.dg, p_.g_type, at * width), p_.g_type);
+      if (g_.dbeta != nullptr) store_tensor(b_.dbeta + t, 1, element_at(g_.dbeta, p_.beta_type, at), p_.beta_type);
       if (g_.da != nullptr) {
-        store_row(b_.da + t * ld, p_.key_dim, element_at(g_.da, p_.type, at * p_.key_dim), p_.type);
-        store_row(b_.db + t * ld, p_.key_dim, element_at(g_.db, p_.type, at * p_.key_dim), p_.type);
+        store_tensor(b_.da + t * ld, p_.key_dim, element_at(g_.da, p_.type, at * p_.key_dim), p_.type);
+        store_tensor(b_.db + t * ld, p_.key_dim, element_at(g_.db, p_.type, at * p_.key_dim), p_.type);
       }
       row_from_panels(b_.dvalues, n, ld_v, t, b_.row);
       if (g_.dweight != nullptr) store_weight(t, at);
       for (int i = 0; g_.dskip != nullptr && i < ld_v; i += kLanes<T>) {
         store(b_.row + i, load(b_.row + i) + load(b_.output.skip + i) * load(b_.dout + t * ld_v + i));
       }
-      store_row(b_.row, p_.value_dim, element_at(g_.dv, p_.type, at * p_.value_dim), p_.type);
+      store_tensor(b_.row, p_.value_dim, element_at(g_.dv, p_.type, at * p_.value_dim), p_.type);
     }
   }
 
@@ -226,7 +223,7 @@ class HeadGradients {
   void store_key_row(T* row, void* tensor, void* of_heads, int64_t token) {
     if (p_.heads == p_.qk_heads) {
       const int64_t index = row_index(p_, item_, token, p_.heads, item_.head) * p_.key_dim;
-      return store_row(row, p_.key_dim, element_at(tensor, p_.type, index), p_.type);
+      return store_tensor(row, p_.key_dim, element_at(tensor, p_.type, index), p_.type);
     }
     const int64_t together = heads_together(p_);
     T* sum = static_cast<T*>(of_heads) +
@@ -245,7 +242,7 @@ class HeadGradients {
       store(b_.row + c, load(b_.row + c) * chunk_.weight[t]);
     }
     const T dweight = reduce_add<T>(sum);
-    store_row(&dweight, 1, element_at(g_.dweight, p_.weight_type, at), p_.weight_type);
+    store_tensor(&dweight, 1, element_at(g_.dweight, p_.weight_type, at), p_.weight_type);
   }
 
   const LinearAttentionGradParams& g_;
@@ -265,7 +262,7 @@ void add_heads(const LinearAttentionParams& p, const T* of_heads, void* sums, in
     for (int64_t i = 1; i < shares; ++i) {
       for (int c = 0; c < p.key_dim; ++c) row[c] += first[i * p.key_dim + c];
     }
-    store_row(row, p.key_dim, element_at(sums, p.type, (token * p.qk_heads + h) * p.key_dim), p.type);
+    store_tensor(row, p.key_dim, element_at(sums, p.type, (token * p.qk_heads + h) * p.key_dim), p.type);
   }
 }
 

@@ -71,14 +71,14 @@ struct Chunk {
     decay.total(n, total);
     prepare_pairs(decay, n, pairs);
     const RowsIn keys = rows_at(p.k, p.type, item, qk_head(p, item), token);
-    load_rows(keys, n, p.key_dim, k, ld);
+    load_tensor(keys, n, p.key_dim, k, ld);
     prefetch_next_chunk(keys, p.key_dim);
     decay.apply(decay.suffix, k, n, k_out);
     if constexpr (kChannel) {
       if (has_rank_one()) one.load_keys(p, item, token, n, decay, pairs, k);
     }
     if (!has_beta()) return;
-    load_rows(rows_at(p.beta, p.beta_type, item, item.head, token), n, 1, beta, 1);
+    load_tensor(rows_at(p.beta, p.beta_type, item, item.head, token), n, 1, beta, 1);
     decay.apply(decay.prefix, k, n, minus_k_in);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(minus_k_in + i, -load(minus_k_in + i));
     pair_scores(decay, k, k, n, p.key_dim, pairs, overlap);
@@ -91,10 +91,10 @@ struct Chunk {
   void load_values(const LinearItem& item, int64_t index, const T* state) {
     const int64_t token = index * kChunk;
     const RowsIn rows = rows_at(p.v, p.type, item, item.head, token, item.column);
-    pack_rows<M>(rows, n, item.columns, values, n, ld_v);
+    pack_tensor(rows, n, item.columns, values, ld_v);
     prefetch_next_chunk(rows, item.columns);
     if (p.weight.data != nullptr) {
-      load_rows(rows_at(p.weight, p.weight_type, item, item.head, token), n, 1, weight, 1);
+      load_tensor(rows_at(p.weight, p.weight_type, item, item.head, token), n, 1, weight, 1);
       scale_rows(values, n, ld_v, weight);
     }
     if (p.stabilizer != nullptr) set_column(weight, values, n, ld_v, item.columns);
@@ -109,7 +109,7 @@ struct Chunk {
   // Queries of a chunk, given its keys.
   void load_queries(const LinearItem& item, int64_t index) {
     const RowsIn queries = rows_at(p.q, p.type, item, qk_head(p, item), index * kChunk);
-    load_rows(queries, n, p.key_dim, q, ld);
+    load_tensor(queries, n, p.key_dim, q, ld);
     prefetch_next_chunk(queries, p.key_dim);
     const T scale = static_cast<T>(p.scale);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(q + i, load(q + i) * scale);

@@ -43,7 +43,7 @@ void run_item(const LinearAttentionParams& p, const LinearItem& item, Arena& are
     b.output.apply(item, c * kChunk, chunk.n, b.out);
     for (int t = 0; t < chunk.n; ++t) {
       const int64_t index = row_index(p, item, c * kChunk + t, p.heads, item.head) * p.value_dim + item.column;
-      store_row(b.out + t * chunk.ld_v, item.columns, element_at(p.out, p.type, index), p.type);
+      store_tensor(b.out + t * chunk.ld_v, item.columns, element_at(p.out, p.type, index), p.type);
     }
     chunk.advance(b.state);
   }

@@ -86,12 +86,6 @@ inline void* element_at(void* data, DType type, int64_t index) {
 template <class T>
 inline constexpr DType kTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
-// A tile of T as rows of a tensor.
-template <class T>
-RowsIn rows_of(const T* tile, int ld) {
-  return {tile, kTypeOf<T>, ld, 1};
-}
-
 // Columns of a state beside `columns` of v: with a stabilizer one more, what a value that is always 1 leaves.
 inline int state_columns(const LinearAttentionParams& p, int columns) {
   return columns + (p.stabilizer != nullptr ? 1 : 0);

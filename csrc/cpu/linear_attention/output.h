@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "cpu/gates.h"
-#include "cpu/linear_attention/item.h"
+#include "cpu/linear_attention/tensors.h"
 
 namespace lcore::cpu::LCORE_ISA {
 
@@ -28,10 +28,10 @@ struct Output {
 
   void load_tiles(const LinearItem& item, int64_t token, int n) {
     if (p.gate.data != nullptr) {
-      load_rows(rows_at(p.gate, p.type, item, item.head, token, item.column), n, item.columns, gate, ld_v);
+      load_tensor(rows_at(p.gate, p.type, item, item.head, token, item.column), n, item.columns, gate, ld_v);
     }
     if (p.skip == nullptr) return;
-    load_rows(rows_at(p.v, p.type, item, item.head, token, item.column), n, item.columns, v, ld_v);
+    load_tensor(rows_at(p.v, p.type, item, item.head, token, item.column), n, item.columns, v, ld_v);
     const T* row = static_cast<const T*>(p.skip) + item.head * p.value_dim + item.column;
     std::fill(std::copy(row, row + item.columns, skip), skip + ld_v, T{0});
   }
@@ -65,7 +65,7 @@ struct Output {
           store(d + c, slope * z * s);
         }
         const int64_t index = row_index(p, item, token + t, p.heads, item.head) * p.value_dim;
-        store_row(gate + t * ld_v, p.value_dim, element_at(g.dgate, p.type, index), p.type);
+        store_tensor(gate + t * ld_v, p.value_dim, element_at(g.dgate, p.type, index), p.type);
       }
       if (p.stabilizer != nullptr) divide(row, least(item, token + t), item.columns, d);
       if (p.skip == nullptr) continue;

@@ -31,8 +31,8 @@ struct RankOne {
   void load_keys(const LinearAttentionParams& p, const LinearItem& item, int64_t token, int n,
                  const Decay<T, true>& decay, const PairScratch<T>& s, const T* k) {
     const int ld = decay.ld;
-    load_rows(rows_at(p.a, p.type, item, item.head, token), n, p.key_dim, a, ld);
-    load_rows(rows_at(p.b, p.type, item, item.head, token), n, p.key_dim, b, ld);
+    load_tensor(rows_at(p.a, p.type, item, item.head, token), n, p.key_dim, a, ld);
+    load_tensor(rows_at(p.b, p.type, item, item.head, token), n, p.key_dim, b, ld);
     std::copy(a, a + ld, a_in);
     decay.apply(decay.prefix, a + ld, n - 1, a_in + ld);
     decay.apply(decay.suffix, b, n, b_out);

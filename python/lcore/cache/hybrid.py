@@ -48,9 +48,9 @@ class HybridCache(PagedCache):
         Raises: ValueError as there and as `StateCache.crop`, which can go back to some places only; see `crop_point`.
             Nothing has changed.
         """
-        self.states.fork().crop(n)  # raises before anything has changed
+        way = self.states.way_back(n)  # raises before anything has changed
         super().crop(n)
-        self.states.crop(n)
+        self.states.go_back(*way)
 
     def crop_point(self, n: int | Tensor) -> Tensor:
         """(batch,) int64: the most tokens, n or fewer, that `crop` can go back to; see `StateCache.crop_point`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 
@@ -77,6 +78,24 @@ class Places:
         """All that it refers to."""
         trail = () if self.trail is None else self.trail.states
         return [x for states in (*self.checkpoints.values(), trail) for state in states for x in state]
+
+
+def row_of(states: States, row: int) -> States:
+    """A row's states, of batch 1, that keep no other row's alive."""
+    one = states[0].conv.shape[0] == 1
+    return tuple(LayerState(*(x if one else x[row : row + 1].clone() for x in state)) for state in states)
+
+
+def last_of(each: States, before: States, counts: Tensor) -> States:
+    """Of states after each token, those after the last of each row; those before it of a row without tokens."""
+    rows, last = torch.arange(len(counts)), (counts - 1).clamp(min=0)
+
+    def pick(after: Tensor, old: Tensor) -> Tensor:
+        new = after[last.to(after.device), rows.to(after.device)]
+        stepped = (counts > 0).to(new.device).view(-1, *(1,) * (new.dim() - 1))
+        return torch.where(stepped, new, old)
+
+    return tuple(LayerState(*map(pick, new, old)) for new, old in zip(each, before, strict=True))
 
 
 def storages(tensors: Sequence[Any]) -> dict[int, int]:

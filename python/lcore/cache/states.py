@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lcore.cache.checks import check_int
-from lcore.cache.state_places import LayerState, Places, States, Trail, storages
+from lcore.cache.state_places import LayerState, Places, States, Trail, last_of, row_of, storages
 from lcore.errors import check_tensor, message, require
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ class StateCache:
         found: States = tuple(LayerState(*(tensor.detach() for tensor in state)) for state in states)
         for row, (places, first, count) in enumerate(zip(self._places, self._seen, counts, strict=True)):
             places.trail = Trail(found, row, int(first) + 1, int(count)) if each else None
-        self._replace(self._last_of(found, counts) if each else found)
+        self._replace(last_of(found, self._states, counts) if each else found)
         self._seen = self._seen + counts
         for row, (places, seen, count) in enumerate(zip(self._places, self._seen.tolist(), counts, strict=True)):
             if self.checkpoint_every is not None and count > 0 and seen % self.checkpoint_every == 0:
-                places.add(seen, self._row(row), self.max_checkpoints)
+                places.add(seen, row_of(self._states, row), self.max_checkpoints)
 
     def begin_rows(self, found: Sequence[tuple[int, States | None]]) -> None:
         """Puts rows that have read nothing where they stand after n tokens: (n, states of all layers, of batch 1), or
@@ -142,6 +142,10 @@ class StateCache:
 
         Raises: ValueError for another place, with the nearest one before it. Nothing has changed.
         """
+        self.go_back(*self.way_back(n))
+
+    def way_back(self, n: int | Tensor) -> tuple[Tensor, dict[int, States | None]]:
+        """What `crop` would do, before it is done; raises as it does."""
         limits = self._limits("StateCache.crop", n)
         found: dict[int, States | None] = {}
         for row, (limit, seen) in enumerate(zip(limits.tolist(), self._seen.tolist(), strict=True)):
@@ -151,6 +155,10 @@ class StateCache:
                     nearest = self.crop_point(limits)
                     rule = f"be a place of which there are states, {nearest.tolist()} here: read on from there again"
                     raise ValueError(message("StateCache.crop", "n", rule, limits.tolist()))
+        return limits, found
+
+    def go_back(self, limits: Tensor, found: Mapping[int, States | None]) -> None:
+        """Does what `way_back` found."""
         if found:
             self._put(found)
             self._seen = torch.minimum(self._seen, limits)
@@ -212,23 +220,6 @@ class StateCache:
         limits = torch.as_tensor(n).to(self._seen).expand(self.batch_size)
         require(bool((limits >= 0).all()), function, "n", "not be negative", limits.tolist())
         return limits
-
-    def _row(self, row: int) -> States:
-        """A row's states, of batch 1, that keep no other row's alive."""
-        one = self.batch_size == 1
-        return tuple(LayerState(*(x if one else x[row : row + 1].clone() for x in state)) for state in self._states)
-
-    def _last_of(self, each: States, counts: Tensor) -> States:
-        """Of states after each token, those after the last of each row."""
-        rows, last = torch.arange(self.batch_size), (counts - 1).clamp(min=0)
-
-        def pick(after: Tensor, before: Tensor) -> Tensor:
-            new = after[last.to(after.device), rows.to(after.device)]
-            stepped = (counts > 0).to(new.device).view(-1, *(1,) * (new.dim() - 1))
-            return torch.where(stepped, new, before)
-
-        pairs = zip(each, self._states, strict=True)
-        return tuple(LayerState(*map(pick, new, old)) for new, old in pairs)
 
     def _put(self, rows: Mapping[int, States | None]) -> None:
         """Replaces the states of some rows; None is zeros."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lcore.cache import PagedCache
-from lcore.errors import message
+from lcore.errors import message, require
 from lcore.models.causal_lm import CausalLM
 from lcore.models.config import ModelConfig
 from lcore.models.tokenizer import Tokenizer
@@ -76,6 +76,8 @@ def kv_options(options: dict[str, Any], attention: list[Any], dtype: torch.dtype
     rope, kv_format = options.get("rope", getattr(options.get("policy"), "reindex", False)), options.get("kv_format")
     if rope in (True, False):
         rotaries = [layer.rotary for layer in attention] if rope else []
+        rule = "be False, as must reindex of a policy, in a model whose attention has no rotary positions"
+        require(not rope or any(rotaries), "new_cache", "rope", rule, rope)
         rope = [None if rotary is None else rotary.rotation for rotary in rotaries] or None
     options = {"device": attention[0].o_proj.weight.device} | options
     return options | {"rope": rope, "kv_format": kv_format or _KV_FORMATS.get(dtype, "fp32")}

@@ -84,7 +84,7 @@ def mlstm(
     sequences = check_tokens(_NAME, q, k, v, cu_seqlens)
     _check_gates(_NAME, q, v, i, f, "batch, len, " if cu_seqlens is None else "tokens, ")
     check_scale(_NAME, scale)
-    state = (None, None, None)
+    state: State | tuple[None, None, None] = (None, None, None)
     if initial_state is not None:
         state = _check_state(_NAME, "initial_state", initial_state, q, v, sequences, "sequences")
     out, *final = torch.ops.lcore.mlstm(q, k, v, i, f, scale, *state, cu_seqlens)

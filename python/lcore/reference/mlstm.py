@@ -32,10 +32,8 @@ def mlstm(
     ends = [] if cu_seqlens is None else cu_seqlens.tolist()
     count = q.shape[0] if cu_seqlens is None else len(ends) - 1
     heads, key_dim, value_dim = v.shape[-2], q.shape[-1], v.shape[-1]
-    if initial_state is None:
-        shapes = ((count, heads, key_dim, value_dim), (count, heads, key_dim), (count, heads))
-        initial_state = tuple(q.new_zeros(shape) for shape in shapes)
-    c, n, m = (x.to(work) for x in initial_state)
+    shapes = ((count, heads, key_dim, value_dim), (count, heads, key_dim), (count, heads))
+    c, n, m = (x.to(work) for x in initial_state or (q.new_zeros(shape) for shape in shapes))
     if cu_seqlens is None:
         out, state = _run(rows, (c, n, m))
     else:
@@ -47,7 +45,8 @@ def mlstm(
             states.append(last)
         loose = v.new_zeros((v.shape[0] - ends[-1], *v.shape[1:]), dtype=work)  # tokens behind the last sequence
         out = torch.cat([*outs, loose])
-        state = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        c, n, m = (torch.cat(parts) for parts in zip(*states, strict=True))
+        state = c, n, m
     return (out.to(v.dtype), state) if return_final_state else out.to(v.dtype)
 
 
