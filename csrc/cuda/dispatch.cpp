@@ -21,6 +21,16 @@ int architecture(const char* op) {
 
 }  // namespace
 
+void causal_conv1d(const CausalConv1dParams& params, Stream& stream) {
+  architecture("causal_conv1d");
+  generic::causal_conv1d(params, stream);
+}
+
+void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream) {
+  architecture("causal_conv1d");
+  generic::causal_conv1d_backward(params, stream);
+}
+
 void merge_states(const MergeParams& params, Stream& stream) {
   architecture("merge_states");
   generic::merge_states(params, stream);
@@ -29,6 +39,16 @@ void merge_states(const MergeParams& params, Stream& stream) {
 void merge_states_backward(const MergeGradParams& params, Stream& stream) {
   architecture("merge_states");
   generic::merge_states_backward(params, stream);
+}
+
+void selective_scan(const SelectiveScanParams& params, Stream& stream) {
+  architecture("selective_scan");
+  generic::selective_scan(params, stream);
+}
+
+void selective_scan_backward(const SelectiveScanGradParams& params, Stream& stream) {
+  architecture("selective_scan");
+  generic::selective_scan_backward(params, stream);
 }
 
 }  // namespace lcore::cuda

@@ -2,18 +2,28 @@
 // architectures.
 #pragma once
 
+#include "core/causal_conv1d.h"
 #include "core/merge_states.h"
+#include "core/selective_scan.h"
 #include "cuda/stream.h"
 
 namespace lcore::cuda {
 
 // Compiled for sm_80 and sm_90a and, through PTX, for every later chip.
 namespace generic {
+void causal_conv1d(const CausalConv1dParams& params, Stream& stream);
+void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream);
+void selective_scan(const SelectiveScanParams& params, Stream& stream);
+void selective_scan_backward(const SelectiveScanGradParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 }  // namespace generic
 
 // Each throws std::runtime_error on a chip older than sm_80, naming it.
+void causal_conv1d(const CausalConv1dParams& params, Stream& stream);
+void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream);
+void selective_scan(const SelectiveScanParams& params, Stream& stream);
+void selective_scan_backward(const SelectiveScanGradParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 
