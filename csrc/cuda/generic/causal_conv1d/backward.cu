@@ -55,7 +55,8 @@ __device__ X input_gradient(const CausalConv1dGradParams& g, const Place& place,
 }
 
 template <class T, bool kRow>
-__global__ void __launch_bounds__(kWarpLanes* kWarpsABlock, kGradBlocksAnSm<T>) conv_backward_kernel(ConvGradArguments arguments) {
+__global__ void __launch_bounds__(kWarpLanes* kWarpsABlock, kGradBlocksAnSm<T>)
+    conv_backward_kernel(ConvGradArguments arguments) {
   using X = Wide<T>;
   constexpr int kChannels = kGradChannels<T, kRow>, kBehind = kTile + kBefore;
   const CausalConv1dGradParams& g = arguments.g;

@@ -11,7 +11,9 @@ namespace {
 
 // Channels a tile where channels are neighbours: 8 bytes of 2-byte types, else 16: more would not fit the registers.
 template <class T, bool kRow>
-constexpr int kForwardChannels = kRow ? 1 : sizeof(T) == 8 ? 2 : 4;
+constexpr int kForwardChannels = kRow             ? 1
+                                 : sizeof(T) == 8 ? 2
+                                                  : 4;
 
 // Steps a warp: one tile a lane, or eight tiles that share the weights.
 template <bool kRow>

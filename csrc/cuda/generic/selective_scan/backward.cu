@@ -16,18 +16,18 @@
 namespace lcore::cuda::generic {
 namespace {
 
-constexpr int kSub = 8;                          // steps whose states and decays fit the registers
+constexpr int kSub = 8;  // steps whose states and decays fit the registers
 constexpr int kSubs = kSteps / kSub;
 constexpr int kWarps = kScanThreads / kWarpLanes;
-constexpr int64_t kMostParts = 64;               // parts of the sequences whose sums over time are kept apart
+constexpr int64_t kMostParts = 64;  // parts of the sequences whose sums over time are kept apart
 
 template <class X>
 struct ScanGradArguments {
   SelectiveScanGradParams g;
-  X* partial;      // [window][groups][blocks][kSteps][dB, dC][padded states]
-  X* dh;           // [sequences][dim][states]: between chunks
-  double* da;      // [parts][dim][states]
-  double* dd;      // [parts][dim][dD, ddelta_bias]
+  X* partial;  // [window][groups][blocks][kSteps][dB, dC][padded states]
+  X* dh;       // [sequences][dim][states]: between chunks
+  double* da;  // [parts][dim][states]
+  double* dd;  // [parts][dim][dD, ddelta_bias]
   int64_t parts;
   int64_t window;  // chunk slots of a row
   int64_t first;   // chunk, or with packed sequences slot, at which the window begins
@@ -55,9 +55,9 @@ struct GradTiles {
   X *b, *c;
   X *delta, *slope, *u, *dy, *gate;  // gate: dout silu'(z), the factor of y in dz
   X *sum_b, *sum_a, *y;
-  X *bounds;   // [kSubs][kPerLane][threads]: states before each run of kSub steps
-  X *partial;  // [kWarps][kSub][dB, dC][kStates]
-  X *dh;       // [pass][kPerLane][threads]: between chunks
+  X* bounds;   // [kSubs][kPerLane][threads]: states before each run of kSub steps
+  X* partial;  // [kWarps][kSub][dB, dC][kStates]
+  X* dh;       // [pass][kPerLane][threads]: between chunks
 
   __device__ explicit GradTiles(X* base) {
     b = base;
@@ -365,7 +365,8 @@ void run(const SelectiveScanGradParams& g, Stream& stream) {
   a.parts = std::min(s.count, kMostParts);
   const int64_t slot_bytes = p.groups * blocks * kSteps * 2 * a.padded() * static_cast<int64_t>(sizeof(X));
   const int64_t slots = s.offsets == nullptr ? std::max<int64_t>(1, blocks_for(s.steps, kChunk)) : chunk_slots(s);
-  a.window = std::clamp<int64_t>(kPartialBytes / (slot_bytes * std::max<int64_t>(rows, 1)), 1, std::max<int64_t>(slots, 1));
+  a.window =
+      std::clamp<int64_t>(kPartialBytes / (slot_bytes * std::max<int64_t>(rows, 1)), 1, std::max<int64_t>(slots, 1));
   a.partial = static_cast<X*>(stream.scratch(a.window * rows * slot_bytes));
   a.dh = stream.scratch_of<X>(s.count * p.dim * p.states);
   const int64_t sums = a.parts * p.dim * (p.states + 2);

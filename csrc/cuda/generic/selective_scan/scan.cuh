@@ -40,8 +40,8 @@ __device__ inline int64_t first_slot(const Sequences& s, int64_t sequence, const
 // The channels of a block and what of them this thread has.
 struct ScanPlace {
   int64_t group, first;
-  int count;           // channels of the block
-  int column, lane;    // of the thread: its channel in the block, its states' quarter
+  int count;         // channels of the block
+  int column, lane;  // of the thread: its channel in the block, its states' quarter
 
   __device__ ScanPlace(const SelectiveScanParams& p, int64_t group_of_block, int64_t block) {
     const int64_t size = p.dim / p.groups;
@@ -74,10 +74,11 @@ __device__ inline void for_each_element(const Series& s, int steps, int columns,
   }
 }
 
-// Steps from `begin` on of the block's channels, f(value, column) of each, as [step][kRow]; 0 where there is no channel.
+// Steps from `begin` on of the block's channels, f(value, column) of each, as [step][kRow]; 0 where there is no
+// channel.
 template <class X, class F>
-__device__ inline void load_channels(const Series& s, const Span& span, int64_t begin, int steps, const ScanPlace& place,
-                                     X* tile, F&& f) {
+__device__ inline void load_channels(const Series& s, const Span& span, int64_t begin, int steps,
+                                     const ScanPlace& place, X* tile, F&& f) {
   const int64_t base = index_of(s, span.row, place.first, begin);
   with_type<X>(s.data, s.type, [&](const auto* from) {
     for_each_element(s, steps, kChannels, [&](int t, int c) {
@@ -88,8 +89,8 @@ __device__ inline void load_channels(const Series& s, const Span& span, int64_t 
 
 // The same for a pass's states of B or C, as [step][kStateRow].
 template <class X>
-__device__ inline void load_projection(const Series& s, int64_t group_offset, const Span& span, int64_t begin, int steps,
-                                       int pass, int states, X* tile) {
+__device__ inline void load_projection(const Series& s, int64_t group_offset, const Span& span, int64_t begin,
+                                       int steps, int pass, int states, X* tile) {
   const int count = min(kStates, states - pass * kStates);
   const int64_t base = group_offset + index_of(s, span.row, int64_t{pass} * kStates, begin);
   with_type<X>(s.data, s.type, [&](const auto* from) {
@@ -132,7 +133,8 @@ __device__ inline int64_t states_index(const SelectiveScanParams& p, int64_t slo
 template <class X>
 __device__ inline void read_states(const States& from, int64_t index, int count, X* h) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) h[i] = i < count && from.data != nullptr ? read<X>(from.data, from.type, index + i) : X{0};
+  for (int i = 0; i < kPerLane; ++i)
+    h[i] = i < count && from.data != nullptr ? read<X>(from.data, from.type, index + i) : X{0};
 }
 
 template <class X>
