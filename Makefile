@@ -14,11 +14,14 @@ COMMIT    = $(shell git describe --always --abbrev=12 --exclude='*' --dirty=+ 2>
 SANITIZED       := build/sanitize
 SANITIZED_TESTS := tests/test_sanitizers.py $(wildcard tests/test_attention_*.py tests/test_cache*.py) \
                    $(wildcard tests/test_key_mass*.py tests/test_page_*.py tests/test_policies*.py tests/test_trim.py) \
+                   $(wildcard tests/test_select_pages.py tests/test_selection*.py tests/test_plain_pages.py) \
+                   $(wildcard tests/test_placement*.py tests/test_prefix_*.py tests/test_*_index.py) tests/test_runtime.py \
                    $(wildcard tests/test_selective_*.py tests/test_causal_conv1d*.py tests/test_linear_attention_*.py) \
                    tests/test_gated_linear_attention.py tests/test_ssd.py \
                    tests/test_merge_states.py tests/test_rope.py tests/test_hadamard.py tests/test_isa.py
 
-.PHONY: demo test test-slow test-abi sanitize build lint format bench bench-cpp clean
+.PHONY: demo test test-slow test-abi check-isas sanitize build lint format bench bench-cpp bench-cpp-cuda cuda-report gpu \
+        clean
 
 demo: build
 	$(BIN)/lcore demo --tokens $(TOKENS)
@@ -67,6 +70,12 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# The kernels of the instruction sets that this machine lacks and so does not build: at least they compile.
+check-isas: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/isas -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DSKBUILD_PROJECT_VERSION=0 -DLCORE_CUDA=off -DLCORE_CPU_ISAS=all -DKERNEL_OPTIMIZATION=-O0
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/isas --target lcore_cpu_avx512 lcore_cpu_avx512_bf16
+
 bench: build
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.decode
@@ -75,6 +84,8 @@ bench: build
 	$(BIN)/python -m bench.placement
 	$(BIN)/python -m bench.recurrent
 	$(BIN)/python -m bench.linear_attention
+	$(BIN)/python -m bench.recurrent_models
+	$(BIN)/python -m bench.rwkv4_wkv
 
 # The kernels without torch and Python, on Google Benchmark; BENCH_FLAGS=--full-set for all sizes.
 bench-cpp:
@@ -82,6 +93,21 @@ bench-cpp:
 	cmake --build build/bench-cpp
 	build/bench-cpp/attention --json build/bench-cpp/attention.json --commit $(COMMIT) $(BENCH_FLAGS)
 	build/bench-cpp/decode --json build/bench-cpp/decode.json --commit $(COMMIT) $(BENCH_FLAGS)
+
+# The CUDA kernels likewise; needs a GPU.
+bench-cpp-cuda:
+	cmake -S bench/cpp -B build/bench-cpp
+	cmake --build build/bench-cpp --target cuda_benchmarks
+	build/bench-cpp/merge_states_cuda --json build/bench-cpp/merge_states_cuda.json --commit $(COMMIT) $(BENCH_FLAGS)
+
+# What the compiler made of the CUDA kernels, into docs/cuda_report.md. Needs nvcc, no GPU.
+cuda-report: $(VENV)/.ready
+	$(BIN)/python -m pip install -q nvidia-cuda-nvdisasm
+	$(BIN)/python -m bench.cuda_report
+
+# Tests, checkers and benchmarks on this machine's GPU; a part that is done is not run again. PARTS names some of them.
+gpu: build
+	$(BIN)/python -m bench.gpu $(PARTS)
 
 clean:
 	rm -rf build $(VENV)

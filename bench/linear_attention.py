@@ -1,11 +1,11 @@
 """Linear attention on the CPU: ``python -m bench.linear_attention [--json FILE]``.
 
 GFLOP/s count what a chunk of 64 tokens needs, products of pairs i >= j and of states: 2 (2080 (K + V) + 128 K V) a
-head, for the delta rule twice the pairs and 1.5 times the states; a backward twice the forward, what it computes again
-not counted. A backward is timed alone, on a graph that is kept. The speed-up is over the same recurrence in plain
-torch: by chunks of batched matrix products, and token by token (forward only), in float32. "step" is one token for each
-of `tokens` rows with a state each; its GB/s count the state read and written once. lcore, torch and the machine's peak
-take turns. --full-set measures what is published.
+head, for the delta rule twice the pairs and 1.5 times the states, for RWKV-7 four times and twice; a backward twice the
+forward, what it computes again not counted. A backward is timed alone, on a graph that is kept. The speed-up is over
+the same recurrence in plain torch: by chunks of batched matrix products, and token by token (forward only), in float32.
+"ssd gated" is with D and z. "step" is one token for each of `tokens` rows with a state each; its GB/s count the state
+read and written once. lcore, torch and the machine's peak take turns. --full-set measures what is published.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lcore
-from bench.linear_peers import CHUNK, chunked, looped
+from bench.linear_peers import CHUNK, chunked, looped, mlstm
 from bench.machine import Peak, Row, peaks, result, write_json
 from bench.shapes import DTYPES
 from bench.tables import show
 from bench.timer import median_seconds
 
-OPS = ("gla", "gla channel", "delta", "delta channel", "ssd", "rwkv6")
+OPS = ("gla", "gla channel", "delta", "delta channel", "ssd", "ssd gated", "rwkv6", "rwkv7", "mlstm")
 LOOP_TOKENS = 2048  # a longer loop takes seconds
 
 
@@ -45,7 +45,7 @@ class Shape:
 
     def flops(self) -> float:
         """A multiply-add counts two."""
-        pairs, states = (2, 3) if self.op.startswith("delta") else (1, 2)
+        pairs, states = {"delta": (2, 3), "delta channel": (2, 3), "rwkv7": (4, 4)}.get(self.op, (1, 2))
         a_chunk = pairs * CHUNK * (CHUNK + 1) // 2 * (self.key_dim + self.value_dim)
         a_chunk += states * CHUNK * self.key_dim * self.value_dim
         return 2 * a_chunk * self.heads * self.tokens / CHUNK * (2 if self.which == "backward" else 1)
@@ -67,40 +67,48 @@ class Shape:
             "v": normal(*one, self.value_dim),
         }  # fmt: skip
         inputs = {name: x.to(DTYPES[self.dtype]) for name, x in inputs.items()}
-        channels = "channel" in self.op or self.op == "rwkv6"
+        if self.op == "mlstm":
+            return {**inputs, "i": normal(*one), "f": normal(*one) + 3}
+        channels = "channel" in self.op or self.op.startswith("rwkv")
         inputs["g"] = -0.05 * normal(*(one if not channels else (*one, self.key_dim))).abs()
         if self.op.startswith("delta"):
             inputs["beta"] = normal(*one).sigmoid()
         if self.op == "rwkv6":
             inputs["u"] = normal(self.heads, self.key_dim)
+        if self.op == "rwkv7":
+            inputs["a"] = -F.normalize(normal(*one, self.key_dim), dim=-1).to(DTYPES[self.dtype])
+            inputs["b"] = -0.5 * inputs["a"]
+        if self.op == "ssd gated":
+            inputs["D"] = normal(self.heads)
+            inputs["z"] = normal(*one, self.value_dim).to(DTYPES[self.dtype])
         return inputs
 
 
-def ours(
-    op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, u: Tensor | None = None
-) -> Tensor:
-    if op == "ssd":  # dt = -g, A = -1
-        return lcore.ssd(v, -g, -torch.ones(v.shape[2]), k, q)
-    if u is not None:
-        return lcore.rwkv6(q, k, v, g, u)
-    if beta is None:
-        return lcore.gated_linear_attention(q, k, v, g, scale=1.0)
-    return lcore.gated_delta_rule(q, k, v, g, beta, scale=1.0)
+def ours(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **more: Any) -> Tensor:
+    if g is None:
+        return lcore.mlstm(q, k, v, **more, scale=1.0)
+    if op.startswith("ssd"):  # dt = -g, A = -1
+        return lcore.ssd(v, -g, -torch.ones(v.shape[2]), k, q, D=more.get("D"), z=more.get("z"))
+    if op == "rwkv7":
+        return lcore.rwkv7(q, g, k, v, **more)
+    if op == "rwkv6":
+        return lcore.rwkv6(q, k, v, g, **more)
+    if op.startswith("delta"):
+        return lcore.gated_delta_rule(q, k, v, g, **more, scale=1.0)
+    return lcore.gated_linear_attention(q, k, v, g, scale=1.0)
 
 
 def theirs(
-    by: Callable[..., Tensor],
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None = None,
-    u: Tensor | None = None,
+    by: Callable[..., Tensor], op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, **more: Any
 ) -> Tensor:
-    if op == "ssd":
-        v = v * -g[..., None]
-    return by(q, k, v, g, beta, 1.0, u)
+    if g is None:
+        return mlstm(by, q, k, v, **more)
+    if not op.startswith("ssd"):
+        return by(q, k, v, g, **more)
+    out = by(q, k, v.float() * -g[..., None], g)
+    if op == "ssd gated":
+        out = (out + v * more["D"][:, None]) * F.silu(more["z"].float())
+    return out.to(v.dtype)
 
 
 def timed(shape: Shape, call: Callable[..., Tensor], inputs: dict[str, Tensor]) -> Callable[[], object]:
@@ -113,17 +121,19 @@ def timed(shape: Shape, call: Callable[..., Tensor], inputs: dict[str, Tensor]) 
     return lambda: torch.autograd.grad(out, list(leaves.values()), dout, retain_graph=True)
 
 
-def step(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, u: Tensor | None = None
-) -> Callable[[], object]:
+def step(op: str, state: Tensor, **inputs: Any) -> Callable[[], object]:
     """The first token of each row; ssd's is that of gla."""
-    q, k, v, g = (x[:, 0] for x in (q, k, v, g))
-    if u is not None:
-        return lambda: lcore.rwkv6_update(state, q, k, v, g, u)
-    if beta is not None:
-        strength = beta[:, 0]
-        return lambda: lcore.gated_delta_rule_update(state, q, k, v, g, strength)
-    return lambda: lcore.gated_linear_attention_update(state, q, k, v, g)
+    token = {name: x if name == "u" else x[:, 0] for name, x in inputs.items()}
+    if op == "mlstm":
+        states = (state, torch.zeros(state.shape[:-1]), torch.zeros(state.shape[:2]))
+        return lambda: lcore.mlstm_update(states, **token)
+    if op == "rwkv7":
+        token["w"] = token.pop("g")
+    if op.startswith("rwkv"):
+        token["r"] = token.pop("q")
+    names = {"rwkv6": "rwkv6", "rwkv7": "rwkv7", "delta": "gated_delta_rule", "delta channel": "gated_delta_rule"}
+    update = getattr(lcore, f"{names.get(op, 'gated_linear_attention')}_update")
+    return lambda: update(state, **token)
 
 
 def measure(shape: Shape, seconds: float) -> Row:
@@ -132,7 +142,7 @@ def measure(shape: Shape, seconds: float) -> Row:
     calls: dict[Any, Callable[[], object]] = {"peak": peak, "read": read}
     if shape.which == "step":
         state = torch.zeros(shape.tokens, shape.heads, shape.key_dim, shape.value_dim)
-        calls["lcore"] = step(state, **inputs)
+        calls["lcore"] = step(shape.op, state, **inputs)
     else:
         want = theirs(chunked, shape.op, **inputs)
         error = ((ours(shape.op, **inputs) - want).float().norm() / want.float().norm()).item()
@@ -166,7 +176,7 @@ def full_set() -> list[Shape]:
     sizes = ((64, 64), (128, 128))
     shapes = [Shape(which, op, "fp32", 2048, 8, *dims) for which in passes for op in OPS for dims in sizes]
     shapes += [Shape(which, op, "bf16", 2048, 8, 128, 128) for which in passes for op in OPS]
-    return shapes + [Shape("step", op, "bf16", 64, 16, 128, 128) for op in OPS if op != "ssd"]
+    return shapes + [Shape("step", op, "bf16", 64, 16, 128, 128) for op in OPS if not op.startswith("ssd")]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

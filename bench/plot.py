@@ -94,3 +94,34 @@ def draw_cache(result: dict[str, Any], path: str) -> None:
     axes.set_yscale("log")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def draw_hybrid(result: dict[str, Any], path: str) -> None:
+    """Recall by length, and by needles at one length; speed of reading and of writing, and bytes kept, by length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure.suptitle(f"attention, recurrent, hybrid: {result['machine']['processor']}")
+    recall = [row for row in result["rows"] if row["kind"] == "hybrid_recall"]
+    usual = recall[0]["needles"]
+    loaded = [row["tokens"] for row in recall if row["needles"] != usual]
+    speed = [row for row in result["rows"] if row["kind"] == "hybrid_speed"]
+    panels = (
+        ("tokens", "recall", f"share of {usual} needles found", [row for row in recall if row["needles"] == usual]),
+        ("needles", "recall", "share found by needles", [row for row in recall if row["tokens"] in loaded]),
+        ("tokens", "kbytes", "kB kept", speed),
+        ("tokens", "read_tokens_per_s", "tokens/s read", speed),
+        ("tokens", "written_tokens_per_s", "tokens/s written", speed),
+    )
+    for place, (x, y, title, rows) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, 3, place, title=title, xlabel=x)
+        axes.set_xscale("log", base=2)
+        for number, model in enumerate(rows[0][y] if rows else ()):
+            line = sorted((row[x], row[y][model]) for row in rows)
+            axes.plot(*zip(*line, strict=True), "o-", color=f"C{number}", label=model)
+        if y == "kbytes":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)

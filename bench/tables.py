@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.hybrid_tables import HYBRID
 from bench.machine import Row
 
 Column = tuple[str, Callable[[Row], str]]
@@ -115,6 +116,17 @@ COLUMNS: dict[str, list[Column]] = {
         ("reads", _show("select")), ("tokens", _show("tokens")), ("of them read", _show("read_tokens")),
         ("needles found", lambda row: f"{row['found']} of {row['of']}"), ("missed at most", _show("missed", "{:.2%}")),
     ],
+    "recurrent_model": [
+        ("model", _show("model")), ("pass", _show("pass")), ("layers", _show("layers")), ("hidden", _show("hidden")),
+        ("dtype", _show("dtype")), ("tokens", _show("tokens")), ("tokens/s", _show("tokens_per_s", "{:.0f}")),
+        ("transformers", _show("transformers_tokens_per_s", "{:.1f}")), ("speed-up", _show("speedup", "{:.1f}×")),
+    ],
+    "recurrent_reuse": [
+        ("model", _show("model")), ("layers", _show("layers")), ("hidden", _show("hidden")), ("dtype", _show("dtype")),
+        ("tokens", _show("tokens")), ("s", _show("seconds", "{:.2f}")),
+        ("s without", _show("seconds_without", "{:.2f}")), ("speed-up", _show("speedup", "{:.1f}×")),
+        ("states", _show("states")), ("MB of states", _show("state_mbytes", "{:.1f}")),
+    ],
     "placement": [
         ("format", _show("kv_format")), ("tokens", _show("tokens")), ("layers", _show("layers")), ("heads", _heads),
         ("head_dim", _show("head_dim")), ("content MB", _show("content_mbytes", "{:.0f}")),
@@ -146,6 +158,12 @@ COLUMNS: dict[str, list[Column]] = {
         ("of read peak", _show("of_read_peak", "{:.0%}")), ("of dense", _show("of_dense", "{:.1%}")),
         ("speed-up", _show("speedup", "{:.2f}×")),
     ],
+    "rwkv4_wkv": [
+        ("pass", _show("which")), ("dtype", _show("dtype")), ("batch", _show("batch")), ("dim", _show("dim")),
+        ("len", _show("len")), ("ms", _show("ms", "{:.2f}")), ("M elements/s", _show("melements_per_s", "{:.0f}")),
+        ("GB/s", _show("gbytes_per_s", "{:.1f}")), ("of clone", _show("of_copy", "{:.0%}")),
+        ("over a torch loop", _show("speedup", "{:.0f}×")),
+    ],
     "selective_scan": [
         ("pass", _show("pass")), *_SERIES, ("states", _show("states")), ("ms", _show("ms", "{:.2f}")),
         ("M elements/s", _show("melements_per_s", "{:.1f}")), ("of FMA peak", _show("of_peak", "{:.0%}")),
@@ -176,6 +194,7 @@ COLUMNS: dict[str, list[Column]] = {
         ("what", _show("name")), ("dtype", _show("dtype")), ("head_dim", _show("head_dim")),
         ("ratio", _show("ratio", "{:.2f}")), ("ideal", _show("ideal", "{:.2f}")),
     ],
+    **HYBRID,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ set(CMAKE_CXX_VISIBILITY_PRESET hidden)
 add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra> $<$<COMPILE_LANGUAGE:CXX>:-Wno-psabi>
                     $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=fast> $<$<COMPILE_LANGUAGE:CXX>:-fno-math-errno>
                     $<$<COMPILE_LANGUAGE:CXX>:-fno-trapping-math> $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${LCORE_ROOT}/=>)
-set(KERNEL_OPTIMIZATION -O3)
+set(KERNEL_OPTIMIZATION -O3 CACHE STRING "of the CPU kernels")
 if(LCORE_SANITIZE)
   # The first finding ends the process: a report that scrolls by is a report that nobody reads.
   set(SANITIZERS -fsanitize=address,undefined -fno-sanitize-recover=undefined)

@@ -68,20 +68,25 @@ def _in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return arguments if sinks is None else {**arguments, "sinks": sinks.to(dtype)}
 
 
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether the kernel rounds its weights to this dtype: where the instruction set multiplies pairs of bfloat16."""
+    return dtype == torch.bfloat16 and lcore.build_info()["cpu_isa"].endswith("_bf16")
+
+
 @contextmanager
 def working_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Where the instruction set multiplies pairs of bfloat16, the formula's weights are bfloat16 as well."""
-    if dtype != torch.bfloat16 or not lcore.build_info()["cpu_isa"].endswith("_bf16"):
+    """Where the kernel's weights are rounded, the formula's are as well."""
+    if not multiplies_in(dtype):
         yield
         return
     exact = torch.exp
-    with mock.patch.object(torch, "exp", lambda x: exact(x).to(torch.bfloat16).to(x.dtype)):
+    with mock.patch.object(torch, "exp", lambda x: exact(x).to(dtype).to(x.dtype)):
         yield
 
 
 def check_forward(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """The kernel accumulates in float32 whatever its inputs are: float32 is the working precision of 16 bit inputs, but
-    for the weights where bfloat16 is multiplied in pairs.
+    for the weights where 16 bits are multiplied.
     """
     out, lse = lcore.attention(q, k, v, **arguments, return_lse=True)
     want = reference.attention(q.double(), k.double(), v.double(), **_in_dtype(arguments, torch.float64))

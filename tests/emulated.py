@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulator"
-KERNELS = ("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes")
+KERNELS = (
+    *("broken", "async", "collectives", "gemm", "gemm_fp8", "store_fragments", "count_bytes"),
+    *("move_box", "move_bytes", "exchange", "wgmma", "pipeline"),
+)
 
 
 def commanded(*command: object) -> tuple[bool, str]:
@@ -59,8 +63,10 @@ def cuda_kernels(*ops: str, architecture: int = 80) -> Iterator[None]:
     """Inside, these ops of torch.ops.lcore run their CUDA kernels on CPU tensors, called from anywhere."""
     library().lcore_emulator_set_architecture(architecture)
     override = torch.library.Library("lcore", "IMPL")
-    for op in ops:
-        override.impl(op, getattr(torch.ops.lcore_emulated, op).default, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+        for op in ops:
+            override.impl(op, getattr(torch.ops.lcore_emulated, op).default, "CPU", allow_override=True)
     try:
         yield
     finally:

@@ -45,7 +45,7 @@ class HistoryCache:
 
     num_kv_heads = head_dim = head_dim_v = 1
     kv_format = "fp32"
-    policy = None
+    policy = select = None
     overflow = None
 
     def __init__(self, batch_size: int, num_layers: int = 3, page_size: int = 1) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import decode
 from bench.attention import Settings, measure
@@ -79,6 +80,17 @@ def test_decode_rows_are_those_of_python(tmp_path):
     for key in ("kind", "kv_format", "batch", "tokens", "new_tokens", "heads", "kv_heads", "head_dim"):
         assert rows[1][key] == twin[key]
     assert rows[1]["gbytes_per_s"] == pytest.approx(300 * 2 * 32 * 2 * 2 / rows[1]["ms"] / 1e6, rel=1e-6)
+
+
+def test_without_a_gpu_cuda_is_one_clear_line():
+    if shutil.which("nvcc") is None or torch.cuda.is_available():
+        pytest.skip("nvcc is not installed, or there is a GPU")
+    target = ["--target", "cuda_benchmarks"]
+    done = subprocess.run(["cmake", "--build", BUILD, *target], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run("merge_states_cuda")
+    assert done.returncode == 2
+    assert "lcore: cudaGetDeviceProperties failed: cudaError" in done.stderr.splitlines()[-1]
 
 
 def test_a_wrong_flag_is_one_clear_line():

@@ -231,9 +231,6 @@ ERRORS = [
     (lambda: lcore.PagedCache(1, 2, 32, rope=PARTIAL, rotate=True), NotImplementedError,
      "PagedCache: rotate=True with rope, keys before RoPE, is not there: the Hadamard transform of a key must follow "
      "its RoPE, which is not known when it is stored; use one of the two"),
-    (lambda: lcore.PagedCache(1, 2, 32, rope=PARTIAL).page_bounds(0), NotImplementedError,
-     "PagedCache.page_bounds: no bounds of keys that are stored before RoPE, for channels change when they are "
-     "rotated; use key_mass, or a cache without rope"),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import lcore
 
 SUPPORTED = (
     "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, MambaForCausalLM, "
-    "FalconMambaForCausalLM, Mamba2ForCausalLM"
+    "FalconMambaForCausalLM, Mamba2ForCausalLM, JambaForCausalLM, Qwen3NextForCausalLM"
 )
 
 

@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
-from recurrent_cases import random_scan
+from recurrent_cases import FLOATS, random_scan
+from tolerance import assert_close
 from torch.nn import functional
 
 import lcore
+from lcore import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,6 +36,27 @@ def test_parts_of_a_scan_make_the_whole():
     left, right = lcore.compose_states(*parts[0], *parts[1]), lcore.compose_states(*parts[2], *parts[3])
     decay, state = lcore.compose_states(*left, *right)
     torch.testing.assert_close(decay * arguments["initial_state"] + state, want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((2, 3, 1, 1), (2, 3, 4, 5)), ((4,), (2, 1, 4)), ((0,), (0,))])
+def test_the_formula(dtype, shapes):
+    """Values and gradients, elementwise decays and decays that broadcast, against the twin in float64."""
+    decay, state = shapes
+    tensors = [torch.rand(decay).to(dtype), torch.randn(state).to(dtype)]
+    tensors += [torch.rand(decay).to(dtype), torch.randn(state).to(dtype)]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    for module, cast in ((lcore, dtype), (reference, torch.float64), (reference, work)):
+        leaves = [x.to(cast).requires_grad_() for x in tensors]
+        got = module.compose_states(*leaves)
+        if not results:
+            grads = [torch.randn_like(x) for x in got]
+        found = torch.autograd.grad(got, leaves, [d.to(cast) for d in grads])
+        results.append([x.detach() for x in (*got, *found)])
+    for x, y, z in zip(*results, strict=True):
+        assert x.dtype == dtype
+        assert_close(x, y, z.to(dtype), floor=0.5)
 
 
 def test_neutral_element_and_a_decay_a_head():

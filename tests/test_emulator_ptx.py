@@ -93,6 +93,9 @@ def test_an_mbarrier_waits_for_missing_bytes():
         ("gemm", "sm_80"),
         ("async", "sm_80"),
         ("gemm_sm90", "sm_90"),
+        ("tma", "sm_90a"),
+        ("pipeline", "sm_90a"),
+        pytest.param("wgmma", "sm_90a", marks=pytest.mark.slow),
         pytest.param("broken", "sm_80", marks=pytest.mark.slow),
         pytest.param("collectives", "sm_80", marks=pytest.mark.slow),
     ],
@@ -102,7 +105,14 @@ def test_nvcc_compiles_the_same_source(source, architecture, tmp_path):
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emulator'}"]  # the real wrappers first
-    command = [nvcc, "-std=c++20", f"-arch={architecture}", *include, "-c", str(KERNELS / f"{source}.cu")]
+    command = [
+        nvcc,
+        "-std=c++20",
+        f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}",
+        *include,
+        "-c",
+        str(KERNELS / f"{source}.cu"),
+    ]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

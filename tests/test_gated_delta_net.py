@@ -112,3 +112,9 @@ def test_bad_input_is_refused():
         GatedDeltaNet(32, 2, 3)
     with pytest.raises(ValueError, match=r"^lcore.nn.GatedDeltaNet: x must have shape \(batch, seq, hidden_size\) = "):
         GatedDeltaNet(32, 2, 2)(torch.randn(3, 32))
+
+
+def test_a_fresh_block_forgets_little_from_token_to_token():
+    block = GatedDeltaNet(32, 8, 8, 4, 4)
+    decay = (-block.A_log.exp() * torch.nn.functional.softplus(block.dt_bias)).exp()
+    assert decay.min() > math.exp(-16 * 0.1) and decay.median() > 0.7

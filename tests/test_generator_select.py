@@ -94,7 +94,5 @@ def test_from_the_command_line(tmp_path):
 
 def test_what_does_not_go_together():
     model = tiny_decoder()
-    with pytest.raises(ValueError, match="speculate must be None with a selection"):
-        Generator(model, select=quest(3), speculate="ngram")
     with pytest.raises(TypeError, match=r"Generator: select must be an lcore\.selection"):
         Generator(model, select="quest")

@@ -25,8 +25,12 @@ from test_causal_conv1d import random_conv
 from linear_attention_cases import DECAYS, OPS, random_inputs
 from linear_attention_cases import check as check_linear
 from test_key_mass import check as check_mass
+from test_mlstm import check as check_mlstm
+from test_mlstm import random_mlstm
 from test_page_scores import check as check_scores
 from test_page_scores import test_no_score_of_the_page_is_above_its_bound as check_upward
+from test_rwkv4_wkv import random_wkv
+from test_rwkv7 import random_rwkv
 from tolerance import assert_close, assert_same_bits
 
 import lcore
@@ -60,6 +64,10 @@ for dtype in FLOATS:
     for op in OPS:
         for decay in DECAYS:
             check_linear(op, random_inputs(op, (1, 83), 20, 37, heads_v=4, decay=decay, dtype=dtype))
+    check_linear("rwkv7", random_rwkv((1, 83), 20, 37, dtype=dtype), floor=4.0)
+    check_mlstm(random_mlstm((1, 83), 20, 37, dtype=dtype))
+    single = {"floor": 1.0, "slack_ulp": 16} if dtype == torch.float32 else {}
+    check_recurrent("rwkv4_wkv", random_wkv(70, dim=21, dtype=dtype), **single)
 
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 6e-8, 1e-7, 65504.0, 1.0, 3e-5]).to(dtype)
     x = special.repeat(7).reshape(1, 1, 1, 70)

@@ -69,7 +69,7 @@ def test_opcheck(op, packed, decay, dtype):
     tensors, arguments = sample(op, packed, decay, dtype)
     torch.library.opcheck(getattr(ops, op).default, (), {**leaves(tensors), **arguments})
     q, k, v, g = (tensors[name] for name in ("q", "k", "v", "g"))
-    rest = (tensors.get("beta"), None, None, 0.5, tensors["initial_state"], arguments.get("cu_seqlens"), False)
+    rest = (0.5, tensors["initial_state"], arguments.get("cu_seqlens"), tensors.get("beta"), *(None,) * 6)
     torch.library.opcheck(ops._linear_attention.default, (*leaves({"q": q, "k": k, "v": v, "g": g}).values(), *rest))
     dstate = torch.randn_like(tensors["initial_state"])
     torch.library.opcheck(ops._linear_attention_backward.default, (torch.randn_like(v), dstate, q, k, v, g, *rest))
@@ -81,9 +81,8 @@ def test_opcheck_update(op):
     state = tensors.pop("initial_state")
     step = {name: x[:3] for name, x in tensors.items()}
     torch.library.opcheck(getattr(ops, f"{op}_update").default, (state,), step)
-    values = (step["q"], step["k"], step["v"], step["g"], step.get("beta"), None, None, 0.5)
-    slots = torch.tensor([2, -1, 0])
-    torch.library.opcheck(ops._linear_attention_update.default, (state, *values, slots, False))
+    values = (step["q"], step["k"], step["v"], step["g"], 0.5, torch.tensor([2, -1, 0]), step.get("beta"))
+    torch.library.opcheck(ops._linear_attention_update.default, (state, *values))
 
 
 def test_opcheck_ssd():

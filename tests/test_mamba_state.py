@@ -141,11 +141,11 @@ def test_crop_and_reset():
         for tensor, before in zip(state, old, strict=True):
             assert torch.equal(tensor[0], before[0]) and before[0].any()
             assert not tensor[1:].any() and before[1].any()
-    with pytest.raises(NotImplementedError) as caught:
+    with pytest.raises(ValueError) as caught:
         cache.crop(4)
     assert str(caught.value) == (
-        "lcore.StateCache.crop: n must be 0 or the tokens seen, [5, 0, 0]: a state holds no way back; fork() before "
-        "them, got [4, 4, 4]"
+        "lcore.StateCache.crop: n must be a place of which there are states, [0, 0, 0] here: read on from there again, "
+        "got [4, 4, 4]"
     )
     with pytest.raises(ValueError, match=r"^lcore.StateCache.crop: n must not be negative, got \[-1, -1, -1\]$"):
         cache.crop(-1)

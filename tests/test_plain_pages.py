@@ -247,11 +247,6 @@ def test_errors(options, error, text):
         new_cache(**options)
 
 
-def test_prefix_cache_refuses_them():
-    with pytest.raises(NotImplementedError, match="use skip_layers="):
-        lcore.PrefixCache().start(new_cache(skip_layers=[0]), [torch.arange(40)])
-
-
 def test_the_generator_makes_such_caches():
     model = tiny_decoder()
     options = {"skip_layers": [0], "fp_prefix": 20}

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from state_cases import tiny_states_model
 from tiny_model import tiny_decoder, tiny_folder
 from typer.testing import CliRunner
 
@@ -228,3 +229,61 @@ def test_generate_takes_a_context(folder):
         assert run("generate", "-m", folder, "-p", "abc", "-n", 5, "-c", context).stdout == want
     result = run("generate", "-m", folder, "-p", "abc", "-n", 5, "-c", 7)
     assert result.exit_code == 1 and "fit into context=7, got 8" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["jamba", "qwen3_next"])
+def test_states_of_a_hybrid_model_are_planned_beside_its_pages(kind, tmp_path):
+    model = tiny_states_model(kind)
+    model.save(tmp_path / "m")
+    found = planner.folder_planner(tmp_path / "m", torch.bfloat16, 3, 128).plan(500, ["fp32", "int8"])
+    for row in found.formats:
+        cache = model.to(torch.bfloat16).new_cache(3, kv_format=row.kv_format)
+        cache.reserve(500)
+        stats = cache.stats()
+        assert (row.pages, found.states) == (stats["pool_bytes"], stats["state_bytes"])
+        assert row.pages + row.tails_and_tables + found.states == stats["bytes"]
+        assert row.needed == found.weights + found.workspace + found.states + row.pages + row.tails_and_tables
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_checkpoints_are_planned_as_a_generator_keeps_them(kind, tmp_path):
+    model = tiny_states_model(kind)
+    model.save(tmp_path / "m")
+    plans = planner.folder_planner(tmp_path / "m", None, 1, 512)
+    generator = lcore.Generator(model, prefill_chunk=512, prefix_reuse=False)
+    generator.generate([n % 256 for n in range(1100)], max_new_tokens=1)
+    states = getattr(generator.cache, "states", generator.cache)
+    assert plans.plan(1101).states == states.stats()["bytes"] == 3 * plans.plan(500).states
+    assert plans.plan(10**6).states == 17 * plans.plan(500).states
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_model_of_states_alone_needs_as_much_at_any_length(kind, tmp_path):
+    model = tiny_states_model(kind)
+    model.save(tmp_path / "m")
+    plans = planner.folder_planner(tmp_path / "m", None, 2, 128)
+    short, long, longer = (plans.plan(tokens) for tokens in (500, 10**5, 10**6))
+    assert short.states == model.new_cache(2).stats()["bytes"] and long.states == longer.states
+    for found in (short, long, longer):
+        [row] = found.formats
+        assert (row.kv_format, row.pages, row.tails_and_tables, row.longest) == ("none", 0, 0, 2**31 - 2)
+        assert row.needed == found.weights + found.workspace + found.states
+    assert plans.plan(10).workspace < short.workspace
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "m"), "-c", "1000"])
+    assert result.exit_code == 0 and "recurrent states" in result.stdout, result.output
+
+
+def test_a_workspace_is_as_large_as_what_a_step_holds():
+    """Of the kinds of layers, all that the widest computes for a token at one time."""
+    for kind in ("mamba", "mamba2", "jamba", "qwen3_next"):
+        model = tiny_states_model(kind)
+        inputs = torch.zeros(1, 1024, dtype=torch.int64)
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+            model(inputs, last_only=True)
+        held, most = 0, 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                most = max(most, held)
+        assert most > 0
+        assert most <= memory.workspace_bytes(model.config, 1024, 1, 4) - memory.SPARE_BYTES, kind

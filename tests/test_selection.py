@@ -177,8 +177,7 @@ def test_summaries_follow_the_cache():
 
     def same(cache):
         fresh = cache.fork()
-        for layer in range(fresh.num_layers):
-            fresh._slots.index.forget(layer)
+        fresh._slots.forget_index()
         assert_same_bits(cache.attend(0, q), fresh.attend(0, q))
         assert cache.stats()["bytes"] == held_bytes(cache)
 
@@ -237,16 +236,6 @@ def test_a_cache_can_change_its_selection():
         (lambda: lcore.selection.parse_selection("quest:pages=3"), ValueError, "a setting of quest must be one of"),
         (lambda: lcore.selection.parse_selection("quest"), ValueError, "as in quest:budget=32"),
         (lambda: lcore.PagedCache(1, 1, 8, select="quest"), TypeError, "select must be an lcore.selection.Selection"),
-        (
-            lambda: lcore.PagedCache(1, 1, 8, select=Quest(8), policy=lcore.policies.TOVA(64)),
-            ValueError,
-            "select must be None with a policy",
-        ),
-        (
-            lambda: lcore.PagedCache(1, 1, 8, select=Quest(8), rope=lcore.positions.Rotation((1.0,))),
-            NotImplementedError,
-            "use rope=None or select=None",
-        ),
         (lambda: lcore.PagedCache(1, 1, 8).dropped_mass(0), ValueError, "select must be one whose scores are bounds"),
         (lambda: lcore.PagedCache(1, 1, 8, select=Quest(8)).dropped_mass(0), ValueError, "must have been attended to"),
     ],

@@ -87,6 +87,10 @@ class Harness {
     commit_ = flags_->text("commit", "unknown");
   }
 
+  virtual ~Harness() = default;
+  Harness(const Harness&) = delete;
+  Harness& operator=(const Harness&) = delete;
+
   Flags& flags() { return *flags_; }
   ThreadPool& pool() { return pool_; }
   const Peaks& peaks() const { return peaks_; }
@@ -94,9 +98,7 @@ class Harness {
   // All flags are known by now. The exit status: 1 when a case failed.
   int run(const std::vector<Case>& cases) {
     flags_->refuse_unknown();
-    peaks_ = measure_peaks(pool_);
-    std::printf("%s, %d threads; peaks: %.0f GFLOP/s fma, %.0f GFLOP/s dot_bf16, %.1f GB/s read\n", cpu::kernels().isa,
-                pool_.workers(), peaks_.fma_gflops, peaks_.dot_bf16_gflops, peaks_.read_gbytes);
+    std::printf("%s\n", measure_ceilings().c_str());
     std::fflush(stdout);
     for (size_t i = 0; i < cases.size(); ++i) {
       benchmark::RegisterBenchmark(cases[i].name.c_str(),
@@ -108,6 +110,24 @@ class Harness {
     call_ = nullptr;
     if (!json_.empty()) write();
     return failed_ ? 1 : 0;
+  }
+
+ protected:
+  // Before the cases; returns a line about the machine.
+  virtual std::string measure_ceilings() {
+    peaks_ = measure_peaks(pool_);
+    char line[160];
+    std::snprintf(line, sizeof line, "%s, %d threads; peaks: %.0f GFLOP/s fma, %.0f GFLOP/s dot_bf16, %.1f GB/s read",
+                  cpu::kernels().isa, pool_.workers(), peaks_.fma_gflops, peaks_.dot_bf16_gflops, peaks_.read_gbytes);
+    return line;
+  }
+  virtual Row ceilings() const { return peaks_.row(); }
+  virtual Row about() const { return machine(commit_, pool_.workers()); }
+  // Of one call.
+  virtual double seconds_of(const std::function<void()>& call) {
+    const auto start = std::chrono::steady_clock::now();
+    call();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
 
  private:
@@ -127,9 +147,7 @@ class Harness {
     }
     std::vector<double> seconds;
     for (auto _ : state) {
-      const auto start = std::chrono::steady_clock::now();
-      call_();
-      seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+      seconds.push_back(seconds_of(call_));
       state.SetIterationTime(seconds.back());
     }
     std::sort(seconds.begin(), seconds.end());
@@ -140,8 +158,8 @@ class Harness {
 
   void write() const {
     std::ofstream out(json_);
-    out << "{\"bench\": \"" << bench_ << "\", \"machine\": " << machine(commit_, pool_.workers()).json()
-        << ", \"peaks\": " << peaks_.row().json() << ", \"rows\": [";
+    out << "{\"bench\": \"" << bench_ << "\", \"machine\": " << about().json() << ", \"peaks\": " << ceilings().json()
+        << ", \"rows\": [";
     const char* separator = "\n";
     for (const auto& [index, row] : rows_) {
       out << separator << row.json();

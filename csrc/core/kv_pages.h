@@ -32,14 +32,23 @@ struct KvPages {
   const void* tail_k;      // (batch, kv_heads, page_size, head_dim)
   const void* tail_v;      // (batch, kv_heads, page_size, head_dim_v)
 
-  // Of keys that are stored before RoPE, half 0 where they are stored after it: key i of a slot that holds m tokens is
-  // read as rotated to position i, and the last of the queries to m - 1.
+  // Of keys that are stored before RoPE, half 0 where they are stored after it: a key is read as rotated to its
+  // position, and so is a query.
   Rotation rope;
+  // (batch, kv_heads, places_width) or nullptr: which page of its text each page of a slot is, and the tail behind
+  // them, where pages between them are left out; pages then hold a multiple of 16 tokens.
+  const int32_t* places = nullptr;
+  int64_t places_width = 0;
 
   PageFormat format(bool value) const { return value ? v_format : k_format; }
   // How many entries of the table stand before those of a page.
   int64_t column(int64_t page) const { return page + (page < plain_pages ? page : plain_pages) * (parts - 1); }
   bool before_rope() const { return rope.half > 0; }
+  // Of key i of a slot: i, where nothing is left out.
+  int64_t position(int64_t slot, int64_t key) const {
+    if (places == nullptr) return key;
+    return places[slot * places_width + key / page_size] * page_size + key % page_size;
+  }
   bool plain() const { return is_plain(k_format) && is_plain(v_format); }
 };
 

@@ -6,7 +6,7 @@
 namespace lcore {
 
 struct PageBoundsParams {
-  AttentionParams keys;  // k or pages, batch, kv_heads, head_dim; nothing else is read
+  AttentionParams keys;  // k or pages, batch, kv_heads, the dims; nothing else is read
   int64_t page_size;
   int64_t first;  // pages [first, last) of each head; those that are not full get zeros
   int64_t last;

@@ -10,18 +10,22 @@ namespace lcore::cpu {
 namespace baseline {
 extern const KernelTable kTable;
 }
-#ifdef LCORE_X86
+#ifdef LCORE_HAS_avx2
 namespace avx2 {
 extern const KernelTable kTable;
 }
+#endif
+#ifdef LCORE_HAS_avx512
 namespace avx512 {
 extern const KernelTable kTable;
 }
+#endif
+#ifdef LCORE_HAS_avx512_bf16
 namespace avx512_bf16 {
 extern const KernelTable kTable;
 }
 #endif
-#ifdef LCORE_EMULATED_ISA
+#ifdef LCORE_HAS_emulated_bf16
 namespace emulated_bf16 {
 extern const KernelTable kTable;
 }
@@ -35,23 +39,33 @@ struct Candidate {
 };
 
 const KernelTable& choose() {
-#ifdef LCORE_X86
+#ifdef __x86_64__
   __builtin_cpu_init();
+#endif
+#ifdef LCORE_HAS_avx2
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
                   __builtin_cpu_supports("f16c");
+#endif
+#ifdef LCORE_HAS_avx512
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#endif
   const Candidate candidates[] = {
-      {&avx512_bf16::kTable, bf16}, {&avx512::kTable, v4}, {&avx2::kTable, v3}, {&baseline::kTable, true},
-#ifdef LCORE_EMULATED_ISA
+#ifdef LCORE_HAS_avx512_bf16
+      {&avx512_bf16::kTable, v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
+#endif
+#ifdef LCORE_HAS_avx512
+      {&avx512::kTable, v4},
+#endif
+#ifdef LCORE_HAS_avx2
+      {&avx2::kTable, v3},
+#endif
+      {&baseline::kTable, true},
+#ifdef LCORE_HAS_emulated_bf16
       {&emulated_bf16::kTable, v3},  // after one that always runs: only by name
 #endif
   };
-#else
-  const Candidate candidates[] = {{&baseline::kTable, true}};
-#endif
   const char* wanted = std::getenv("LCORE_CPU_ISA");
   for (const Candidate& candidate : candidates) {
     if (wanted == nullptr || *wanted == '\0') {

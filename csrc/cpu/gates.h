@@ -1,4 +1,4 @@
-// The gates of recurrent layers and their slopes: sigmoid, SiLU, softplus.
+// The gates of recurrent layers and their slopes: sigmoid, SiLU, softplus, log sigmoid.
 #pragma once
 
 #include "cpu/math.h"
@@ -42,6 +42,13 @@ inline Vec<float> log1p_of_fraction(Vec<float> x) {
 inline Vec<double> log1p_of_fraction(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log1p(x[i]);
   return x;
+}
+
+// ln(1 / (1 + e^-x)) = min(x, 0) - ln(1 + e^-|x|); its slope is sigmoid(-x).
+template <class T>
+inline Vec<T> log_sigmoid(Vec<T> x) {
+  const Vec<T> below = x < T{0} ? x : Vec<T>{};
+  return below - log1p_of_fraction(exp2((x < T{0} ? x : -x) * kLog2E<T>));
 }
 
 // Above it softplus is the identity, as in torch.

@@ -19,9 +19,13 @@ void linear_attention_backward(const LinearAttentionGradParams&, Executor&);
 void linear_attention_step(const LinearAttentionStepParams&, Executor&);
 void merge_states(const MergeParams&, Executor&);
 void merge_states_backward(const MergeGradParams&, Executor&);
+void mlstm_gates(const MlstmGateParams&, Executor&);
+void mlstm_gates_backward(const MlstmGateGradParams&, Executor&);
 void page_bounds(const PageBoundsParams&, Executor&);
 void page_scores(const PageScoresParams&, Executor&);
 void rope(const RopeParams&, Executor&);
+void rwkv4_wkv(const Rwkv4Params&, Executor&);
+void rwkv4_wkv_backward(const Rwkv4GradParams&, Executor&);
 void select_pages(const SelectPagesParams&, Executor&);
 void selective_scan(const SelectiveScanParams&, Executor&);
 void selective_scan_backward(const SelectiveScanGradParams&, Executor&);
@@ -44,9 +48,13 @@ const KernelTable kTable = {LCORE_STRING(LCORE_ISA),
                             linear_attention_step,
                             merge_states,
                             merge_states_backward,
+                            mlstm_gates,
+                            mlstm_gates_backward,
                             page_bounds,
                             page_scores,
                             rope,
+                            rwkv4_wkv,
+                            rwkv4_wkv_backward,
                             select_pages,
                             selective_scan,
                             selective_scan_backward,

@@ -21,6 +21,16 @@ int architecture(const char* op) {
 
 }  // namespace
 
+void attention_forward(const AttentionParams& params, Stream& stream) {
+  architecture("attention");
+  generic::attention_forward(params, stream);
+}
+
+void attention_backward(const AttentionGradParams& params, Stream& stream) {
+  architecture("attention");
+  generic::attention_backward(params, stream);
+}
+
 void causal_conv1d(const CausalConv1dParams& params, Stream& stream) {
   architecture("causal_conv1d");
   generic::causal_conv1d(params, stream);

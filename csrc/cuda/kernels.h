@@ -2,6 +2,7 @@
 // architectures.
 #pragma once
 
+#include "core/attention.h"
 #include "core/causal_conv1d.h"
 #include "core/merge_states.h"
 #include "core/selective_scan.h"
@@ -11,6 +12,8 @@ namespace lcore::cuda {
 
 // Compiled for sm_80 and sm_90a and, through PTX, for every later chip.
 namespace generic {
+void attention_forward(const AttentionParams& params, Stream& stream);
+void attention_backward(const AttentionGradParams& params, Stream& stream);
 void causal_conv1d(const CausalConv1dParams& params, Stream& stream);
 void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream);
 void selective_scan(const SelectiveScanParams& params, Stream& stream);
@@ -20,6 +23,8 @@ void merge_states_backward(const MergeGradParams& params, Stream& stream);
 }  // namespace generic
 
 // Each throws std::runtime_error on a chip older than sm_80, naming it.
+void attention_forward(const AttentionParams& params, Stream& stream);
+void attention_backward(const AttentionGradParams& params, Stream& stream);
 void causal_conv1d(const CausalConv1dParams& params, Stream& stream);
 void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream);
 void selective_scan(const SelectiveScanParams& params, Stream& stream);

@@ -150,15 +150,16 @@ NB_MODULE(_runtime, m) {
             return to_numpy<NewMatrix>(std::move(found.pages), {runs, width});
           },
           nb::arg("namespace"), nb::arg("tokens").noconvert(),
-          "Pages (matched runs, pages a run), int32, of the longest known beginning of tokens (runs, page_size).")
+          "Pages (matched runs, width), int32, of the longest known beginning of tokens (runs, page_size); -1 behind "
+          "those of a run that has fewer.")
       .def(
           "insert",
           [](PrefixIndex& self, const nb::bytes& name, const Matrix& tokens, const Matrix& pages) {
             return self.insert(string_of(name), rows_of(tokens), rows_of(pages));
           },
           nb::arg("namespace"), nb::arg("tokens").noconvert(), nb::arg("pages").noconvert(),
-          "Adds what is not known of tokens (runs, page_size) with pages (runs, pages a run); returns how many runs "
-          "were.")
+          "Adds what is not known of tokens (runs, page_size) with pages (runs, width), -1 for none; returns how many "
+          "runs were.")
       .def(
           "evict",
           [](PrefixIndex& self, int64_t count, const PageAllocator* allocator) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <iterator>
 #include <stdexcept>
 
 namespace lcore::runtime {
@@ -45,6 +46,7 @@ PrefixIndex::Match PrefixIndex::match(const std::string& name, const Rows& token
     touch(at);
     const std::span pages = pages_of(nodes_[at]);
     found.pages.insert(found.pages.end(), pages.begin(), pages.end());
+    found.pages.insert(found.pages.end(), width - static_cast<int64_t>(pages.size()), -1);
   }
   stats_.hits += found.runs;
   stats_.misses += tokens.count - found.runs;
@@ -58,8 +60,11 @@ int64_t PrefixIndex::insert(const std::string& name, const Rows& tokens, const R
     throw std::invalid_argument("pages must have shape (" + std::to_string(tokens.count) + ", >= 1), got " +
                                 shape(pages));
   }
-  for (int64_t i = 0; i < pages.count * pages.width; ++i) {
-    if (pages.data[i] < 0) throw std::invalid_argument("pages must be >= 0, got " + std::to_string(pages.data[i]));
+  for (int64_t i = 0; i < pages.count; ++i) {
+    const std::span row = pages.row(i);
+    const int32_t least = *std::ranges::min_element(row);
+    if (least < -1) throw std::invalid_argument("pages must be >= 0, or -1 for none, got " + std::to_string(least));
+    if (*std::ranges::max_element(row) < 0) throw std::invalid_argument("pages must be at least one in each row");
   }
   auto tree = trees_.find(name);
   if (tree != trees_.end() && (tree->second.page_size != tokens.width || tree->second.width != pages.width)) {
@@ -95,7 +100,7 @@ int64_t PrefixIndex::insert(const std::string& name, const Rows& tokens, const R
       std::vector<int32_t> values;
       values.reserve(run.size() + held.size());
       values.insert(values.end(), run.begin(), run.end());
-      values.insert(values.end(), held.begin(), held.end());
+      std::ranges::copy_if(held, std::back_inserter(values), [](int32_t page) { return page >= 0; });
       at = new_node(&*tree, at, path_hash(nodes_[at].hash, run), std::move(values));
     }
   } catch (...) {
@@ -221,7 +226,7 @@ int32_t PrefixIndex::new_node(const Trees::value_type* tree, int32_t parent, uin
     Node& above = nodes_[parent];
     if (above.children++ == 0) leaves_.erase({above.stamp, parent});
     ++stats_.nodes;
-    stats_.pages += tree->second.width;
+    stats_.pages += static_cast<int64_t>(values.size()) - tree->second.page_size;
   }
   free_nodes_.pop_back();
   nodes_[id] = Node{tree, parent, 0, hash, clock_, std::move(values)};
@@ -256,7 +261,7 @@ void PrefixIndex::unhash(int32_t id) noexcept {
 
 void PrefixIndex::give_back(int32_t id) noexcept {
   --stats_.nodes;
-  stats_.pages -= nodes_[id].tree->second.width;
+  stats_.pages -= static_cast<int64_t>(pages_of(nodes_[id]).size());
   nodes_[id] = Node{};
   free_nodes_.push_back(id);
 }

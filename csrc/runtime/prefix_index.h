@@ -2,7 +2,7 @@
 // long; a node is one run behind the runs before it, so that a text is a path from its namespace's root. A run is
 // looked up by a hash of the whole path to it and then compared, token by token under the same parent: a collision
 // costs a comparison and never gives a wrong page. A namespace is whatever else must be equal for pages to be the same;
-// its first insertion fixes its page size and how many pages (layers times kv heads) a run has.
+// its first insertion fixes its page size and how many pages (layers times kv heads, or parts of them) a run can have.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,8 @@ class PrefixIndex {
   // Fewer bits only make collisions; 64 by default.
   explicit PrefixIndex(int hash_bits = 64);
 
-  // The pages of the longest known beginning of a text, in a vector of runs * width; it counts as used now.
+  // The pages of the longest known beginning of a text, in a vector of runs * width, -1 behind those of a run that has
+  // fewer; it counts as used now.
   // tokens: (runs, page_size). Throws std::invalid_argument for a page size that is not the namespace's.
   struct Match {
     std::vector<int32_t> pages;
@@ -52,7 +53,8 @@ class PrefixIndex {
   Match match(const std::string& name, const Rows& tokens);
 
   // Adds the runs of a text that are not known yet, and returns how many were: rows from there on are new in the index,
-  // rows before it keep the pages that they had. tokens: (runs, page_size), pages: (runs, pages a run).
+  // rows before it keep the pages that they had. tokens: (runs, page_size), pages: (runs, width), at least one in each
+  // row and -1 where there is none.
   int64_t insert(const std::string& name, const Rows& tokens, const Rows& pages);
 
   // Takes away runs that no run follows, the longest unused first, until they had `count` pages, and returns the pages.

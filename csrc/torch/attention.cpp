@@ -1,30 +1,11 @@
-// lcore::attention, its backward, and attention over a paged cache, on CPU tensors.
+// lcore::attention and its backward.
 #include <algorithm>
 
-#include "cpu/kernels.h"
 #include "torch/attention_params.h"
+#include "torch/device.h"
 
 namespace lcore {
 namespace {
-
-using torch::headeronly::ScalarType;
-// Output and LSE of q's shape. Tokens behind the last packed sequence, and padding rows, belong to no sequence: they
-// keep (0, -inf), the neutral element.
-std::tuple<Tensor, Tensor> new_results(const Tensor& q, AttentionParams& p, bool has_loose_rows) {
-  const std::vector<int64_t> out_shape = q.dim() == 3 ? std::vector<int64_t>{p.seq_q, p.heads, p.head_dim_v}
-                                                      : std::vector<int64_t>{q.size(0), p.seq_q, p.heads, p.head_dim_v};
-  const std::vector<int64_t> lse_shape =
-      q.dim() == 3 ? std::vector<int64_t>{p.heads, p.seq_q} : std::vector<int64_t>{q.size(0), p.heads, p.seq_q};
-  Tensor out = new_tensor(q, out_shape);
-  Tensor lse = new_tensor(q, lse_shape, lse_type(q));
-  if (has_loose_rows) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  }
-  p.out = out.data_ptr();
-  p.lse = lse.data_ptr();
-  return {out, lse};
-}
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, bool causal, std::vector<int64_t> window_size,
                                      std::optional<double> softmax_scale, double softcap, OptionalTensor alibi_slopes,
@@ -33,8 +14,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, bool causal, 
   AttentionParams p = dense_params("attention", q, k, &v, causal, window_size, softmax_scale, softcap, alibi_slopes,
                                    sinks, cu_seqlens_q, cu_seqlens_k);
   auto results = new_results(q, p, cu_seqlens_q.has_value());
-  TorchExecutor executor;
-  cpu::kernels().attention_forward(p, executor);
+  LCORE_RUN(attention_forward, q, p)
   return results;
 }
 
@@ -70,33 +50,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.dk = dk.data_ptr();
   p.dv = dv.data_ptr();
   p.dsinks = sinks.has_value() ? dsinks.data_ptr() : nullptr;
-  TorchExecutor executor;
-  cpu::kernels().attention_backward(p, executor);
+  LCORE_RUN(attention_backward, q, p)
   return {dq, dk, dv, dsinks};
-}
-
-std::tuple<Tensor, Tensor> attention_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k,
-                                           Tensor tail_v, std::string k_format, std::string v_format, int64_t page_size,
-                                           OptionalTensor lengths, std::vector<int64_t> window_size,
-                                           double softmax_scale, double softcap, OptionalTensor alibi_slopes,
-                                           OptionalTensor sinks, int64_t plain_pages, int64_t parts,
-                                           OptionalTensor inv_freq, double attention_scaling, bool interleaved) {
-  const CacheArguments cache{pool,     page_table,        kv_lengths, tail_k,      tail_v,
-                             k_format, v_format,          page_size,  plain_pages, parts,
-                             inv_freq, attention_scaling, interleaved};
-  KvPages pages;
-  AttentionParams p = paged_params("attention_paged", q, cache, lengths, window_size, softmax_scale, softcap,
-                                   alibi_slopes, sinks, pages);
-  auto results = new_results(q, p, lengths.has_value());
-  TorchExecutor executor;
-  cpu::kernels().attention_forward(p, executor);
-  return results;
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, bool causal=False, int[] window_size=[-1, -1], float? "
       "softmax_scale=None,"
@@ -106,15 +67,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal,"
       " int[] window_size, float? softmax_scale, float softcap, Tensor? alibi_slopes, Tensor? sinks,"
       " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
-  m.def(
-      "attention_paged(Tensor q, Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
-      " str k_format, str v_format, int page_size, Tensor? lengths, int[] window_size, float softmax_scale,"
-      " float softcap, Tensor? alibi_slopes, Tensor? sinks, int plain_pages=0, int parts=1, Tensor? inv_freq=None,"
-      " float attention_scaling=1.0, bool interleaved=False) -> (Tensor out, Tensor lse)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
-  m.impl("attention", LCORE_BOX(lcore::attention));
-  m.impl("attention_backward", LCORE_BOX(lcore::attention_backward));
-  m.impl("attention_paged", LCORE_BOX(lcore::attention_paged));
+LCORE_KERNELS(m) {
+  m.impl<lcore::attention>("attention");
+  m.impl<lcore::attention_backward>("attention_backward");
 }

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "torch/cache.h"
-#include "torch/rope.h"
+#include "torch/device.h"
 
 namespace lcore {
 
@@ -16,25 +15,27 @@ int64_t window(int64_t side) { return side < 0 ? kUnbounded : std::min(side, kUn
 
 const void* head_data(const char* op, const char* name, const OptionalTensor& t, ScalarType type, int64_t heads) {
   if (!t.has_value()) return nullptr;
-  require(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->dim() >= 1 && t->dim() <= 2 &&
+  require(t->is_contiguous() && t->scalar_type() == type && t->dim() >= 1 && t->dim() <= 2 &&
               t->size(t->dim() - 1) == heads,
           op,
-          std::string(name) + " must be contiguous " + torch::headeronly::toString(type) +
-              " on the CPU with last size " + std::to_string(heads));
+          std::string(name) + " must be contiguous " + torch::headeronly::toString(type) + " with last size " +
+              std::to_string(heads));
   return t->data_ptr();
 }
 
 // Offsets of packed sequences: int32, from 0, never falling, not past the tensor.
 const int32_t* offsets(const char* op, const char* name, const Tensor& cu, int64_t sequences, int64_t tokens) {
-  require(cu.is_cpu() && cu.is_contiguous() && cu.scalar_type() == ScalarType::Int && cu.dim() == 1 &&
-              cu.size(0) == sequences + 1,
-          op, std::string(name) + " must be contiguous int32 of shape (" + std::to_string(sequences + 1) + ",)");
+  require(cu.is_contiguous() && cu.scalar_type() == ScalarType::Int && cu.dim() == 1 && cu.size(0) == sequences + 1, op,
+          std::string(name) + " must be contiguous int32 of shape (" + std::to_string(sequences + 1) + ",)");
   const auto* values = static_cast<const int32_t*>(cu.data_ptr());
+  if (on_gpu(cu)) return values;
   bool valid = values[0] == 0 && values[sequences] <= tokens;
   for (int64_t i = 0; i < sequences; ++i) valid = valid && values[i] <= values[i + 1];
   require(valid, op, std::string(name) + " must rise from 0 to at most " + std::to_string(tokens) + " tokens");
   return values;
 }
+
+}  // namespace
 
 void set_mask(const char* op, AttentionParams& p, bool causal, const std::vector<int64_t>& window_size) {
   require(window_size.size() == 2, op, "window_size must have two entries");
@@ -42,7 +43,6 @@ void set_mask(const char* op, AttentionParams& p, bool causal, const std::vector
   p.window_right = causal ? 0 : window(window_size[1]);
 }
 
-// The arguments that have one number a head; p knows its batch and heads.
 void set_head_data(const char* op, AttentionParams& p, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                    ScalarType sinks_type) {
   p.alibi_slopes = static_cast<const float*>(head_data(op, "alibi_slopes", alibi_slopes, ScalarType::Float, p.heads));
@@ -50,8 +50,6 @@ void set_head_data(const char* op, AttentionParams& p, const OptionalTensor& ali
   require(p.alibi_batch == 0 || alibi_slopes->size(0) == p.batch, op, "alibi_slopes must have one row a sequence");
   p.sinks = head_data(op, "sinks", sinks, sinks_type, p.heads);
 }
-
-}  // namespace
 
 ScalarType lse_type(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -66,7 +64,6 @@ AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, c
   const bool packed = cu_seqlens_q.has_value();
   const int64_t rank = packed ? 3 : 4;
   require(packed == cu_seqlens_k.has_value(), op, "cu_seqlens_q and cu_seqlens_k must be given together");
-  require(q.is_cpu() && k.is_cpu() && values.is_cpu(), op, names + " must be on the CPU");
   require(q.dim() == rank && k.dim() == rank && values.dim() == rank, op,
           names + " must have " + std::to_string(rank) + " dimensions");
   require(q.scalar_type() == k.scalar_type() && q.scalar_type() == values.scalar_type(), op,
@@ -103,39 +100,20 @@ AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, c
   return p;
 }
 
-AttentionParams paged_params(const char* op, const Tensor& q, const CacheArguments& cache,
-                             const OptionalTensor& lengths, const std::vector<int64_t>& window_size,
-                             double softmax_scale, double softcap, const OptionalTensor& alibi_slopes,
-                             const OptionalTensor& sinks, KvPages& pages) {
-  const Tensor &tail_k = cache.tail_k, &tail_v = cache.tail_v;
-  require(q.is_cpu() && q.dim() == 4 && tail_k.dim() == 4 && tail_v.dim() == 4, op,
-          "q and the tails must have 4 dimensions, q on the CPU");
-  AttentionParams p{};
-  p.type = dtype_of(q);
-  p.q = strided(q);
-  p.batch = q.size(0);
-  p.seq_q = q.size(1);
-  p.heads = q.size(2);
-  p.kv_heads = tail_k.size(1);
-  p.head_dim = static_cast<int>(q.size(3));
-  p.head_dim_v = static_cast<int>(tail_v.size(3));
-  require(p.kv_heads > 0 && p.heads % p.kv_heads == 0, op, "heads must be a multiple of kv_heads");
-  require(tail_k.size(0) == p.batch && tail_k.size(3) == p.head_dim && tail_k.scalar_type() == q.scalar_type(), op,
-          "tail_k must have q's batch, head_dim and dtype, got " + shape_text(tail_k));
-  pages = kv_pages(op, cache.pool, cache.page_table, cache.kv_lengths, tail_k, tail_v, cache.k_format, cache.v_format,
-                   cache.page_size, cache.plain_pages, cache.parts, {});
-  if (cache.inv_freq.has_value()) {
-    pages.rope = rotation_of(op, *cache.inv_freq, cache.attention_scaling, cache.interleaved, p.head_dim);
+std::tuple<Tensor, Tensor> new_results(const Tensor& q, AttentionParams& p, bool has_loose_rows) {
+  const std::vector<int64_t> out_shape = q.dim() == 3 ? std::vector<int64_t>{p.seq_q, p.heads, p.head_dim_v}
+                                                      : std::vector<int64_t>{q.size(0), p.seq_q, p.heads, p.head_dim_v};
+  const std::vector<int64_t> lse_shape =
+      q.dim() == 3 ? std::vector<int64_t>{p.heads, p.seq_q} : std::vector<int64_t>{q.size(0), p.heads, p.seq_q};
+  Tensor out = new_tensor(q, out_shape);
+  Tensor lse = new_tensor(q, lse_shape, lse_type(q));
+  if (has_loose_rows) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
-  p.pages = &pages;
-  p.q_lengths = row_counts(op, lengths, p.batch, p.seq_q);
-  p.lse_head = p.seq_q;
-  p.lse_batch = p.heads * p.seq_q;
-  set_mask(op, p, true, window_size);
-  p.softmax_scale = softmax_scale;
-  p.softcap = softcap;
-  set_head_data(op, p, alibi_slopes, sinks, lse_type(q));
-  return p;
+  p.out = out.data_ptr();
+  p.lse = lse.data_ptr();
+  return {out, lse};
 }
 
 }  // namespace lcore

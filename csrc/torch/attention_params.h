@@ -19,6 +19,15 @@ AttentionParams dense_params(const char* op, const Tensor& q, const Tensor& k, c
                              double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k);
 
+// p's window, and its arguments that have one number a head; p knows its batch and heads.
+void set_mask(const char* op, AttentionParams& p, bool causal, const std::vector<int64_t>& window_size);
+void set_head_data(const char* op, AttentionParams& p, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                   torch::headeronly::ScalarType sinks_type);
+
+// Output and LSE of q's shape, of which p is told. Tokens behind the last packed sequence, and padding rows, belong to
+// no sequence: they keep (0, -inf), the neutral element.
+std::tuple<Tensor, Tensor> new_results(const Tensor& q, AttentionParams& p, bool has_loose_rows);
+
 // A paged cache's tensors and how its pages are coded, as the schemas of the ops that read it have them. With inv_freq
 // its keys are stored before RoPE.
 struct CacheArguments {
@@ -30,6 +39,7 @@ struct CacheArguments {
   const OptionalTensor& inv_freq;
   double attention_scaling;
   bool interleaved;
+  OptionalTensor places = std::nullopt;  // int32 (batch, kv_heads, pages and one more): KvPages::places
 };
 
 // The same for the last tokens of a cache's sequences, always causal. The tensors and `pages`, which is written, must

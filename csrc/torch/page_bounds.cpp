@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "torch/cache.h"
+#include "torch/rope.h"
 
 namespace lcore {
 namespace {
@@ -52,11 +53,16 @@ Tensor page_bounds(Tensor k, int64_t page_size, std::string dtype) {
 
 Tensor page_bounds_paged(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,
                          std::string k_format, std::string v_format, int64_t page_size, int64_t first, int64_t last,
-                         std::string dtype, int64_t plain_pages, int64_t parts) {
+                         std::string dtype, int64_t plain_pages, int64_t parts, OptionalTensor inv_freq,
+                         double attention_scaling, bool interleaved) {
   const char* op = "page_bounds_paged";
   require(tail_k.dim() == 4 && tail_v.dim() == 4, op, "the tails must have 4 dimensions");
-  const KvPages pages =
+  KvPages pages =
       kv_pages(op, pool, page_table, kv_lengths, tail_k, tail_v, k_format, v_format, page_size, plain_pages, parts, {});
+  if (inv_freq.has_value()) {
+    require(is_plain_float(tail_k), op, "tail_k must not be float64 with inv_freq");
+    pages.rope = rotation_of(op, *inv_freq, attention_scaling, interleaved, tail_k.size(3));
+  }
   PageBoundsParams p{};
   p.keys.type = dtype_of(tail_k);
   p.keys.pages = &pages;
@@ -118,7 +124,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
   m.def(
       "page_bounds_paged(Tensor pool, Tensor page_table, Tensor kv_lengths, Tensor tail_k, Tensor tail_v,"
       " str k_format, str v_format, int page_size, int first, int last, str dtype, int plain_pages=0,"
-      " int parts=1) -> Tensor");
+      " int parts=1, Tensor? inv_freq=None, float attention_scaling=1.0, bool interleaved=False) -> Tensor");
   m.def(
       "page_scores(Tensor q, Tensor bounds, Tensor? page_counts=None, Tensor? lengths=None, float? softmax_scale=None,"
       " bool per_head=False) -> Tensor");

@@ -91,7 +91,7 @@ def train(
     model: Decoder, windows: Windows, stages: tuple[Stage, ...], peak: float, dtype: torch.dtype
 ) -> Iterator[str]:
     """Runs the stages; yields a line of progress every 50 steps."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))

@@ -1,6 +1,6 @@
 """lcore: the long-context core for PyTorch."""
 
-from lcore.cache import PagedCache, PrefixCache, StateCache, policies, selection
+from lcore.cache import HybridCache, PagedCache, PrefixCache, StateCache, policies, selection
 from lcore.generation import Generator
 from lcore.info import build_info, explain
 from lcore.models import load_model
@@ -16,11 +16,17 @@ from lcore.ops import (
     hadamard,
     key_mass,
     merge_states,
+    mlstm,
+    mlstm_update,
     page_bounds,
     page_scores,
     rope,
+    rwkv4_wkv,
+    rwkv4_wkv_update,
     rwkv6,
     rwkv6_update,
+    rwkv7,
+    rwkv7_update,
     select_pages,
     selective_scan,
     selective_state_update,
@@ -29,6 +35,7 @@ from lcore.ops import (
 
 __all__ = [
     "Generator",
+    "HybridCache",
     "PagedCache",
     "PrefixCache",
     "StateCache",
@@ -46,12 +53,18 @@ __all__ = [
     "key_mass",
     "load_model",
     "merge_states",
+    "mlstm",
+    "mlstm_update",
     "page_bounds",
     "page_scores",
     "policies",
     "rope",
+    "rwkv4_wkv",
+    "rwkv4_wkv_update",
     "rwkv6",
     "rwkv6_update",
+    "rwkv7",
+    "rwkv7_update",
     "select_pages",
     "selection",
     "selective_scan",

@@ -39,7 +39,8 @@ from lcore.cli_options import (
 from lcore.demo import run_demo
 from lcore.evaluation import needle
 from lcore.generation import Done, Event, Generator, Stats, Token, show_prefill
-from lcore.generation.planner import folder_planner, plan_table
+from lcore.generation.plan_table import plan_table
+from lcore.generation.planner import folder_planner
 
 app = typer.Typer(
     name="lcore",

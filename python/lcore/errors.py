@@ -12,7 +12,7 @@ FLOAT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Devices that each public op has a kernel for; what is missing raises NotImplementedError before the dispatcher would.
 KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
-    "attention": ("cpu",),
+    "attention": ("cpu", "cuda"),
     "attention_paged": ("cpu",),
     "cache_append_": ("cpu",),
     "causal_conv1d": ("cpu", "cuda"),
@@ -26,12 +26,18 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "key_mass": ("cpu",),
     "key_mass_paged": ("cpu",),
     "merge_states": ("cpu", "cuda"),
+    "mlstm": ("cpu",),
+    "mlstm_update": ("cpu",),
     "page_bounds": ("cpu",),
     "page_bounds_paged": ("cpu",),
     "page_scores": ("cpu",),
     "rope": ("cpu",),
+    "rwkv4_wkv": ("cpu",),
+    "rwkv4_wkv_update": ("cpu",),
     "rwkv6": ("cpu",),
     "rwkv6_update": ("cpu",),
+    "rwkv7": ("cpu",),
+    "rwkv7_update": ("cpu",),
     "select_pages": ("cpu",),
     "selective_scan": ("cpu", "cuda"),
     "selective_state_update": ("cpu", "cuda"),

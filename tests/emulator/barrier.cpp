@@ -3,10 +3,10 @@
 
 namespace lcore::emulator {
 
-void Block::release(Clock& into) {
-  Clock& clock = clocks[warp()];
-  join(into, clock);
-  ++clock[warp()];
+void Block::release(Order& into) {
+  Order& order = orders[warp()];
+  join(into, order);
+  ++order.seen[warp()];
 }
 
 Barrier& Block::arrived(int barrier, int expected) {
@@ -21,15 +21,18 @@ Barrier& Block::arrived(int barrier, int expected) {
   }
   b.expected = expected;
   ++b.arrived;
-  release(b.clock);
+  release(b.order);
   return b;
 }
 
 void Block::complete(Barrier& b) {
+  int last = -1;
   for (Thread* thread : b.waiting) {
     thread->state = State::kReady;
     thread->vote = b.votes;
-    join(clocks[thread->id / kLanes], b.clock);
+    const int warp = thread->id / kLanes;
+    if (warp != last) join(orders[warp], b.order);
+    last = warp;
   }
   b = Barrier{};
 }

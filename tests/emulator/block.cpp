@@ -74,7 +74,6 @@ Block::Block(const Launch& l)
       dynamic(static_cast<std::byte*>(std::aligned_alloc(1024, (l.shared_bytes + 1023) / 1024 * 1024 + 1024))),
       stacks_(static_cast<int>(l.block.x * l.block.y * l.block.z)),
       threads_(l.block.x * l.block.y * l.block.z) {
-  for (Clock& clock : clocks) clock.fill(0);
   dl_iterate_phdr(find_static, this);
 }
 
@@ -83,13 +82,17 @@ Block::~Block() { std::free(dynamic); }
 bool Block::run(uint3 which) {
   index = which;
   this_block = this;
-  uint32_t first = 0;
-  for (const Clock& clock : clocks) first = std::max(first, *std::max_element(clock.begin(), clock.end()));
-  ++first;
+  uint32_t first = std::max(engine_epoch, tensor_epoch);
+  for (const Order& order : orders) first = std::max(first, *std::max_element(order.seen.begin(), order.seen.end()));
+  engine_epoch = tensor_epoch = first++;
   for (int w = 0; w < kWarps; ++w) {
-    clocks[w].fill(first - 1);
-    clocks[w][w] = first;
+    orders[w].seen.fill(first - 1);
+    orders[w].fenced.fill(first - 1);
+    orders[w].seen[w] = first;
+    products[w] = Products{};
+    registers[w] = 0;
   }
+  for (Warpgroup& group : warpgroups) group = Warpgroup{};
   dynamic_shadow.start_block(first);
   static_shadow.start_block(first);
   mbarriers.clear();
@@ -98,7 +101,7 @@ bool Block::run(uint3 which) {
     const auto id = static_cast<unsigned>(i);
     const uint3 at{id % launch.block.x, id / launch.block.x % launch.block.y, id / launch.block.x / launch.block.y};
     const int n = static_cast<int>(i);
-    threads_[i] = Thread{at, n, State::kReady, stacks_.prepare(n, enter), stacks_.low(n), {}, 0, {}, {}, {}, {}};
+    threads_[i] = Thread{at, n, State::kReady, stacks_.prepare(n, enter), stacks_.low(n), {}, 0, {}, {}, {}, {}, {}};
   }
   for (bool ran = true; ran;) {
     ran = false;
@@ -112,8 +115,11 @@ bool Block::run(uint3 which) {
         return false;
       }
     }
+    if (!ran || turned_) ran |= end_one_load(*this);
+    turned_ = false;
   }
   error = stuck();
+  if (error.empty()) error = unended_loads(*this);
   this_block = nullptr;
   return error.empty();
 }
@@ -121,6 +127,8 @@ bool Block::run(uint3 which) {
 void Block::enter() {
   Block& block = *this_block;
   block.launch.invoke(block.launch.kernel, block.launch.params);
+  end_stores();
+  end_products();
   block.steps_ = 0;
   block.running_->state = State::kDone;
   void* unused = nullptr;
@@ -138,6 +146,7 @@ void Block::wait(const Wait& what) {
 void Block::step() {
   if (++steps_ % kTurn != 0) return;
   if (steps_ >= kPatience) fail("runs for ever: 2^24 accesses of the block and no thread waited or returned");
+  turned_ = true;
   lcore_emulator_switch(&running_->stack, scheduler_);
 }
 
@@ -145,6 +154,20 @@ void Block::fail(const std::string& what) {
   error = who(*running_) + ": " + what;
   lcore_emulator_switch(&running_->stack, scheduler_);
   std::abort();
+}
+
+uint32_t Block::window(const void* memory) {
+  const auto at = reinterpret_cast<uintptr_t>(memory);
+  const auto offset = at - reinterpret_cast<uintptr_t>(dynamic);
+  if (offset < launch.shared_bytes) return static_cast<uint32_t>(offset);
+  const auto place = at - static_low + static_window();
+  if (at - static_low < static_bytes && place < 1 << 18) return static_cast<uint32_t>(place);
+  fail("a descriptor of what is not shared memory");
+}
+
+std::byte* Block::shared_at(uint32_t address) {
+  if (address < launch.shared_bytes) return dynamic + address;
+  return reinterpret_cast<std::byte*>(static_low + (address - static_window()));
 }
 
 std::string Block::who(const Thread& thread) const {

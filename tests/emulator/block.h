@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "bulk.h"
 #include "fiber.h"
+#include "products.h"
 #include "shadow.h"
 
 namespace lcore::emulator {
@@ -51,6 +53,7 @@ struct Thread {
   alignas(16) std::byte in[64], out[64];  // of a warp collective
   std::vector<Copy> copies;               // uncommitted ones last
   std::vector<size_t> groups;             // copies in each committed group, oldest first
+  BulkStores stores;
 };
 
 struct Meeting {  // lanes of a warp on their way into one collective
@@ -60,12 +63,12 @@ struct Meeting {  // lanes of a warp on their way into one collective
 
 struct Barrier {
   int expected = 0, arrived = 0, votes = 0;
-  Clock clock{};
+  Order order;
   std::vector<Thread*> waiting;
 };
 
 struct Mbarrier {  // what does not fit into its 64 bits
-  Clock arriving{}, ended{};
+  Order arriving, ended;
   std::vector<Thread*> waiting;
 };
 
@@ -84,14 +87,17 @@ class Block {
   int warp() const { return running_->id / kLanes; }
   // Stops the running thread until somebody makes it ready.
   void wait(const Wait& what);
+  // Shared memory as descriptors see it, 256 KB: dynamic memory at 0, __shared__ variables behind it.
+  uint32_t window(const void* memory);
+  std::byte* shared_at(uint32_t address);
   // Counts an access, and lets the others run now and then.
   void step();
   // Returns when `expected` threads have arrived; with how many of them voted.
   int synchronize(int barrier, int expected, bool vote);
   void arrive(int barrier, int expected);
   // A point of order: what the running warp did before is seen by whoever joins `into` later.
-  void release(Clock& into);
-  void acquire(const Clock& from) { join(clocks[warp()], from); }
+  void release(Order& into);
+  void acquire(const Order& from) { join(orders[warp()], from); }
   [[noreturn]] void fail(const std::string& what);
   std::string who(const Thread& thread) const;
 
@@ -100,7 +106,13 @@ class Block {
   std::string error;
   Meeting meetings[kWarps][kLanes];
   std::map<uintptr_t, Mbarrier> mbarriers;  // by address
-  Clock clocks[kWarps];
+  std::vector<BulkLoad> loads;              // on their way, oldest first
+  uint32_t engine_epoch = 0;                // of its latest load
+  uint32_t tensor_epoch = 0;                // of the latest product
+  Products products[kWarps];
+  Warpgroup warpgroups[kWarps / kWarpgroup];
+  int registers[kWarps] = {};  // asked for; 0: as launched
+  Order orders[kWarps];
   Shadow dynamic_shadow, static_shadow;
   std::byte* dynamic;        // shared_bytes of it belong to the block
   uintptr_t static_low = 0;  // __shared__ variables of this core
@@ -111,12 +123,15 @@ class Block {
   Barrier& arrived(int barrier, int expected);
   void complete(Barrier& barrier);
   std::string stuck() const;
+  // Where __shared__ variables begin in the window: swizzles need the same lower bits as in memory.
+  size_t static_window() const { return (launch.shared_bytes + 2047) / 1024 * 1024 + static_low % 1024; }
 
   Stacks stacks_;
   std::vector<Thread> threads_;
   Barrier barriers_[kNamedBarriers];
   Thread* running_ = nullptr;
   uint64_t steps_ = 0;
+  bool turned_ = false;  // a thread that does not wait has let others run
   void* scheduler_ = nullptr;
 };
 

@@ -33,6 +33,8 @@ void arrive(int barrier, int threads) { current()->arrive(barrier, threads); }
 
 std::byte* dynamic_shared() { return current()->dynamic; }
 
+uint32_t shared_window(const void* memory) { return current()->window(memory); }
+
 struct Shuffled {
   uint64_t bits;
   int64_t source;

@@ -12,8 +12,10 @@
 
 #undef __shared__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __shared__ static thread_local  // a block stays on one core
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (::lcore::emulator::thread_index())
 #define blockIdx (::lcore::emulator::block_index())
 #define blockDim (::lcore::emulator::block_dim())

@@ -1,6 +1,8 @@
 // mbarriers: the counts lie in the object in shared memory, who waits and in which order in the block.
 #include "cuda/ptx/mbarrier.h"
 
+#include <algorithm>
+
 #include "block.h"
 #include "memory.h"
 
@@ -23,16 +25,15 @@ Counts& counts(uint64_t* barrier, Access kind) {
 
 Mbarrier& record(uint64_t* barrier) { return current()->mbarriers[reinterpret_cast<uintptr_t>(barrier)]; }
 
-void end_phase_if_due(uint64_t* barrier, Counts& c) {
+void end_phase_if_due(Block& b, uint64_t* barrier, Counts& c) {
   if (c.pending != 0 || c.bytes != 0) return;
   c.phase ^= 1;
   c.pending = c.count;
-  Block& b = *current();
-  Mbarrier& r = record(barrier);
+  Mbarrier& r = b.mbarriers[reinterpret_cast<uintptr_t>(barrier)];
   r.ended = r.arriving;
   for (Thread* thread : r.waiting) {
     thread->state = State::kReady;
-    join(b.clocks[thread->id / kLanes], r.ended);
+    join(b.orders[thread->id / kLanes], r.ended);
   }
   r.waiting.clear();
 }
@@ -44,10 +45,19 @@ void arrive_and_expect(uint64_t* barrier, int bytes) {
   b.release(record(barrier).arriving);
   --c.pending;
   c.bytes += bytes;
-  end_phase_if_due(barrier, c);
+  end_phase_if_due(b, barrier, c);
 }
 
 }  // namespace
+
+void complete_bytes(Block& b, uint64_t* barrier, int bytes, uint32_t engine_epoch) {
+  auto& c = *reinterpret_cast<Counts*>(barrier);
+  uint32_t& arriving = b.mbarriers[reinterpret_cast<uintptr_t>(barrier)].arriving.seen[kEngine];
+  arriving = std::max(arriving, engine_epoch);
+  c.bytes -= bytes;
+  end_phase_if_due(b, barrier, c);
+}
+
 }  // namespace lcore::emulator
 
 namespace lcore::cuda {
@@ -68,7 +78,7 @@ void mbarrier_complete(uint64_t* barrier, int bytes) {
   Counts& c = counts(barrier, Access::kAtomic);
   current()->release(record(barrier).arriving);
   c.bytes -= bytes;
-  end_phase_if_due(barrier, c);
+  end_phase_if_due(*current(), barrier, c);
 }
 
 void mbarrier_wait(uint64_t* barrier, int parity) {

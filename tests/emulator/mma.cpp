@@ -2,13 +2,8 @@
 // are exact and added one after the other in float32; hardware adds them in groups with truncation.
 #include "cuda/ptx/mma.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-
-#include <bit>
-
 #include "block.h"
+#include "numbers.h"
 #include "warp.h"
 
 namespace lcore::emulator {
@@ -18,32 +13,6 @@ template <class Sum>
 struct Fragments {
   uint32_t a[4], b[2];
   Sum d[4];
-};
-
-// How a register's `bits`, already shifted to its element, are a number.
-struct Bf16 {
-  static constexpr int kElements = 2;
-  static float value(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
-};
-struct Fp16 {
-  static constexpr int kElements = 2;
-  static float value(uint32_t bits) { return __half2float(__half(__half_raw{static_cast<uint16_t>(bits)})); }
-};
-struct Tf32 {
-  static constexpr int kElements = 1;
-  static float value(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); }
-};
-struct S8 {
-  static constexpr int kElements = 4;
-  static int32_t value(uint32_t bits) { return static_cast<int8_t>(bits); }
-};
-struct E4m3 {
-  static constexpr int kElements = 4;
-  static float value(uint32_t bits) {
-    __nv_fp8_e4m3 x;
-    x.__x = static_cast<__nv_fp8_storage_t>(bits);
-    return static_cast<float>(x);
-  }
 };
 
 template <class Type, class Sum>

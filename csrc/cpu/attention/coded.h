@@ -1,5 +1,5 @@
 // Pages of integer codes in attention: the scores of the keys in them, and their values times the weights. Codes cannot
-// be rotated: keys that are stored before RoPE are expanded (operands.h), and only values are read here.
+// be rotated: keys that are stored before RoPE are unpacked (unpack.h), and only values are read here.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 
 #include "cpu/attention/block.h"
 #include "cpu/attention/coded_product.h"
+#include "cpu/attention/runs.h"
 
 namespace lcore::cpu::LCORE_ISA {
 
@@ -43,20 +44,13 @@ struct CodedPages {
     return static_cast<int>(std::clamp<int64_t>(full - key, 0, keys));
   }
 
-  const uint8_t* side(bool of_value, int64_t at) const {
-    const KvPages& pages = *p.pages;
-    const int64_t slot = s.batch * p.kv_heads + s.kv_head;
-    const int64_t id = pages.page_table[slot * pages.table_width + pages.column(at / pages.page_size)];
-    return pages.pool + id * pages.page_bytes + (of_value ? pages.v_offset : 0);
-  }
-
   // What is read after the page at `begin`: the next page's same side, or, behind the block's last, what `turn` says.
   const char* next(int begin, int64_t turn) const {
     const int size = static_cast<int>(p.pages->page_size);
     const bool last = begin + size >= keys;
     const int64_t at = last ? turn : key + begin + size;
-    if (at / size >= s.k_len / size) return reinterpret_cast<const char*>(side(value, key + begin));
-    return reinterpret_cast<const char*>(side(last ? !value : value, at));
+    const bool held = at / size < s.k_len / size;
+    return reinterpret_cast<const char*>(page_of(p, s, held && last ? !value : value, held ? at : key + begin));
   }
 
   // scores[row][key] of the block's rows for its coded keys; q: [rows][ld_q].
@@ -68,7 +62,7 @@ struct CodedPages {
       for (int begin = 0; begin < keys; begin += size) {
         const Steps rows = block.rows_seeing(p, begin, size);
         if (rows.begin == rows.end) continue;
-        const uint8_t* codes = side(false, key + begin);
+        const uint8_t* codes = page_of(p, s, false, key + begin);
         load_grid<kFormat>(codes, page_side(kFormat, false, size, p.head_dim), p.head_dim, scratch);
         for (int r = rows.begin; r < rows.end; ++r) {
           round_row<false>(q + int64_t{r} * ld_q, scratch.step, scratch.origin, p.head_dim,
@@ -92,7 +86,7 @@ struct CodedPages {
       for (int begin = 0; begin < keys; begin += size) {
         const Steps rows = block.rows_seeing(p, begin, size);
         if (rows.begin == rows.end) continue;
-        const uint8_t* codes = side(true, key + begin);
+        const uint8_t* codes = page_of(p, s, true, key + begin);
         const auto groups = static_cast<int>(value_groups(p.head_dim_v));
         load_grid<kFormat>(codes, page_side(kFormat, true, size, p.head_dim_v), int64_t{groups} * size, scratch);
         const char* ahead = next(begin, key + block_keys);

@@ -1,5 +1,4 @@
-// Rows of a coded page as float, zero + scale * code, for products that read rows: fp8, keys that are only scored, and
-// keys that are rotated when they are read.
+// Rows of a coded page as float, zero + scale * code, for whoever reads rows: products of fp8, and bounds of keys.
 #pragma once
 
 #include <algorithm>

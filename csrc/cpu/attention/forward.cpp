@@ -57,7 +57,7 @@ struct Plan {
       : tile(forward_tile(std::max(p.head_dim, p.head_dim_v))),
         ld_q(round_up_lanes<In>(div_up(p.head_dim, M::kPair))),
         ld_dim_v(round_up_lanes<T>(p.head_dim_v)),
-        rotation(RotationTable<M>::of(p.pages)) {
+        rotation(RotationTable<M>::of(p)) {
     int64_t longest = 0, longest_keys = 0, all = 0;
     for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
       const Sequence s = sequence_of(p, i / p.kv_heads, i % p.kv_heads);

@@ -1,48 +1,20 @@
 // Keys that a cache stores before RoPE, rotated in the panels that they are packed into: a vector of a panel holds one
-// channel of keys that follow each other, and a key's position is its index in the slot. R(p) = R(b) R(p - b) with b
-// the multiple of kSteps below p: R(b) is formed exactly, once for kSteps keys; R(0), R(1), ... stand in a table, made
-// once a call, whose vectors run over the keys too. So a pair of vectors takes eight multiply-adds, nothing is kept
-// that grows with the keys, and the bits of a key do not depend on which keys are packed with it. Queries are rotated
-// once they are loaded, to the positions of their own tokens.
+// channel of keys that follow each other in the text. R(p) = R(b) R(p - b) with b the multiple of kSteps below p: R(b)
+// is formed exactly, once for kSteps keys; R(0), R(1), ... stand in a table, made once a call, whose vectors run over
+// the keys too. So a pair of vectors takes eight multiply-adds, nothing is kept that grows with the keys, and the bits
+// of a key do not depend on which keys are packed with it. Queries are rotated once they are loaded, to the positions
+// of their own tokens.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
-#include <optional>
-#include <vector>
 
-#include "core/kv_pages.h"
+#include "cpu/attention/rotation_table.h"
 #include "cpu/attention/sequence.h"
 #include "cpu/panels.h"
-#include "cpu/rope/turns.h"
 
 namespace lcore::cpu::LCORE_ISA {
-
-// What all workers share.
-template <class M>
-struct RotationTable {
-  using T = typename M::Out;
-  static constexpr int kSteps = std::max(32, kPanel<typename M::In>);  // 16 KB at head_dim 128: in L1 beside a panel
-
-  Rotation rotation;
-  Turns<T> turns;
-  std::vector<T> steps;  // [half][cosines, sines][kSteps] of R(0), R(1), ...
-
-  explicit RotationTable(const Rotation& of) : rotation(of), turns(of), steps(2 * kSteps * of.half) {
-    std::vector<T> turn(2 * turns.padded());
-    for (int i = 0; i < kSteps; ++i) {
-      turns.fill(i, T{1}, T{1}, turn.data(), turn.data() + turns.padded());
-      for (int m = 0; m < of.half; ++m) {
-        steps[2 * m * kSteps + i] = turn[m];
-        steps[(2 * m + 1) * kSteps + i] = turn[turns.padded() + m];
-      }
-    }
-  }
-  static std::optional<RotationTable> of(const KvPages* pages) {
-    if (pages == nullptr || !pages->before_rope()) return std::nullopt;
-    return RotationTable(pages->rope);
-  }
-};
 
 // What a worker rotates with.
 template <class M>
@@ -59,21 +31,32 @@ class KeyRotation {
     return {&table, dim, turn, row, bits};
   }
 
-  // The keys in panels of `cols` columns, the first of which stands at `position`, a multiple of a panel's width.
-  void rotate_keys(In* panels, int cols, int64_t position) const {
+  // The keys of a sequence from `begin` on, a multiple of a vector's lanes, in panels of `cols` columns.
+  void rotate_keys(const Sequence& s, In* panels, int cols, int64_t begin) const {
     const int depth = (dim_ + M::kPair - 1) / M::kPair;
-    for (int c = 0; c < cols; c += kPanel<In>) {
-      const int64_t step = (position + c) % Table::kSteps;
-      turn_to(position + c - step);
+    for (int c = 0; c < cols;) {
       const PanelColumns<In> panel = in_panels(panels, depth, cols, c);
-      with_vectors(panel.width / kLanes<In>, [&]<int kVectors>() { rotate_panel<kVectors>(panel.data, step); });
+      const int64_t position = table_->position(s, begin + c), step = position % Table::kSteps;
+      // Columns of this panel whose positions follow each other up to the next multiple of kSteps.
+      int64_t count = std::min<int64_t>(panel.width - c % kPanel<In>, Table::kSteps - step);
+      if (table_->pages->places != nullptr) {
+        const int64_t size = table_->pages->page_size;
+        count = std::min(count, size - (begin + c) % size);
+      }
+      turn_to(position - step);
+      with_vectors(static_cast<int>(count / kLanes<In>), [&]<int kVectors>() {
+        constexpr int kWidth = kVectors * kLanes<In>;
+        if (panel.width == kWidth) return rotate_columns<kVectors>(panel.data, kWidth, step);
+        rotate_columns<kVectors>(panel.data, panel.width, step);
+      });
+      c += static_cast<int>(count);
     }
   }
 
   // Rows [row, row + rows) of a sequence's queries, in a tile of leading dimension ld.
   void rotate_queries(const Sequence& s, int64_t row, int rows, In* tile, int ld) const {
     for (int r = 0; r < rows; ++r) {
-      turn_to(s.position(row + r) + s.k_len - s.q_len);
+      turn_to(table_->position(s, s.position(row + r) + s.k_len - s.q_len));
       rotate_row(tile + int64_t{r} * ld);
     }
   }
@@ -89,9 +72,9 @@ class KeyRotation {
     table_->turns.fill(static_cast<double>(position), scale, T{1}, turn_, turn_ + table_->turns.padded());
   }
 
-  // A panel whose first column is `step` positions behind that of turn_.
+  // Vectors of columns in a panel of `width` of them; the first column is `step` positions behind that of turn_.
   template <int kVectors>
-  void rotate_panel(In* panel, int64_t step) const {
+  [[gnu::always_inline]] void rotate_columns(In* from, int width, int64_t step) const {
     const Rotation& rotation = table_->rotation;
     const T* steps = table_->steps.data() + step;
     for (int m = 0; m < rotation.half; ++m, steps += 2 * Table::kSteps) {
@@ -103,11 +86,10 @@ class KeyRotation {
         const Vec<T> step_cos = load(steps + j * kLanes<T>), step_sin = load(steps + Table::kSteps + j * kLanes<T>);
         const Vec<T> cosine = base_cos * step_cos - base_sin * step_sin;
         const Vec<T> sine = base_sin * step_cos + base_cos * step_sin;
-        In* columns = panel + j * kLanes<In>;
-        const Vec<T> x = load_panel_row<M>(columns, kVectors * kLanes<In>, first);
-        const Vec<T> y = load_panel_row<M>(columns, kVectors * kLanes<In>, second);
-        store_panel_row<M>(columns, kVectors * kLanes<In>, first, x * cosine - y * sine);
-        store_panel_row<M>(columns, kVectors * kLanes<In>, second, y * cosine + x * sine);
+        In* columns = from + j * kLanes<In>;
+        const Vec<T> x = load_panel_row<M>(columns, width, first), y = load_panel_row<M>(columns, width, second);
+        store_panel_row<M>(columns, width, first, x * cosine - y * sine);
+        store_panel_row<M>(columns, width, second, y * cosine + x * sine);
       }
     }
   }

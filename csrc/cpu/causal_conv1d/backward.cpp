@@ -12,6 +12,13 @@ namespace {
 
 constexpr int kSums = kMaxConvWidth + 1;  // dweight of each tap, and dbias
 
+// A convolution from tile to tile, compiled once for each width.
+template <class T, int kUnit>
+[[gnu::noinline]] void convolve_tile(const T* tile, int width, const Vec<T>* weights, Vec<T> bias, int64_t count,
+                                     T* out) {
+  convolve_width<T, kUnit>(tile, width, weights, bias, count, [out](int64_t i, Vec<T> sum) { store(out + i, sum); });
+}
+
 template <class T>
 struct Tiles {
   T *x, *dfinal, *ds, *dx;  // x and ds from width - 1 steps before the chunk to width - 1 behind it
@@ -28,9 +35,12 @@ void load_slopes(const CausalConv1dGradParams& g, const Series& dout, int channe
   std::fill_n(tiles.ds, before * Tile::kUnit, T{0});
   Tile::load(dout, channels, steps + more, ds);
   if (p.silu) {
-    convolve_width<T, Tile::kUnit>(
-        tiles.x, p.width, weights, bias, (steps + more) * Tile::kUnit,
-        [ds](int64_t i, Vec<T> s) { store(ds + i, load(ds + i) * silu_slope<T>(s, sigmoid<T>(s))); });
+    const int64_t count = (steps + more) * Tile::kUnit;
+    convolve_tile<T, Tile::kUnit>(tiles.x, p.width, weights, bias, count, tiles.dx);
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const Vec<T> s = load(tiles.dx + i);
+      store(ds + i, load(ds + i) * silu_slope<T>(s, sigmoid<T>(s)));
+    }
   }
   std::fill_n(ds + (steps + more) * Tile::kUnit, (before - more) * Tile::kUnit + kLanes<T>, T{0});
 }
@@ -66,8 +76,7 @@ void run_chunk(const CausalConv1dGradParams& g, int64_t row, int64_t channel, in
   add_products<T, kUnit>(tiles, p.width, steps, sums);
   Vec<T> reversed[kMaxConvWidth];
   for (int w = 0; w < p.width; ++w) reversed[w] = weights[p.width - 1 - w];
-  convolve_width<T, kUnit>(tiles.ds, p.width, reversed, Vec<T>{}, (before + steps) * kUnit,
-                           [&tiles](int64_t i, Vec<T> sum) { store(tiles.dx + i, sum); });
+  convolve_tile<T, kUnit>(tiles.ds, p.width, reversed, Vec<T>{}, (before + steps) * kUnit, tiles.dx);
   if (g.dfinal.data != nullptr && more < before) {
     // Of the final state's columns the first `held` are steps up to this chunk's end.
     const int held = before - more;

@@ -52,7 +52,7 @@ struct Plan {
       : tile(forward_tile(p.head_dim)),
         ld_q(round_up_lanes<In>(div_up(p.head_dim, M::kPair))),
         ld_scores(odd_lines<T>(tile.keys)),
-        rotation(RotationTable<M>::of(p.pages)) {}
+        rotation(RotationTable<M>::of(p)) {}
 
   Buffers<M> lay_out(const AttentionParams& p, Arena& arena) const {
     Buffers<M> b{};

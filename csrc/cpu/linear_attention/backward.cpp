@@ -10,62 +10,18 @@
 
 #include "core/executor.h"
 #include "cpu/kernels.h"
-#include "cpu/linear_attention/chunk.h"
+#include "cpu/linear_attention/gradients.h"
 #include "cpu/linear_attention/state.h"
 
 namespace lcore::cpu::LCORE_ISA {
 namespace {
-
-constexpr int64_t kSegment = 64;  // chunks whose states are kept at once
-
-template <class T, bool kChannel>
-struct Buffers {
-  Chunk<T, kChannel> chunk;
-  int64_t state_size;
-  T* segments;     // [segments]: state before the first chunk of each
-  T* states;       // [kSegment]: state before each chunk of one segment, in panels
-  T* state;        // panels [key_dim][ld_v], on the way right
-  T* dstate;       // panels: gradient of the state behind the chunk
-  T* rows_s;       // [key_dim][ld_v]: a state or its gradient, in rows
-  T* transposed;   // panels [value columns][ld]: its transpose
-  T* dout;         // [tokens][ld_v]
-  T* dout_panels;  // panels [tokens][ld_v]
-  T* dvalues;      // the same
-  T* rows_v;       // [tokens][ld_v]
-  T* values_t;     // panels [value columns][tokens]
-  T* dscores;      // [tokens][kChunk]
-  T* dq;           // [tokens][ld]
-  T* dk;
-  T* through;  // [tokens][ld]: what comes through the state
-  T* dg;       // [tokens][ld], or [tokens]
-  T* dbeta;    // [tokens]
-  T* dbonus;   // [ld]
-  T* row;      // [max(ld, ld_v)]
-
-  Buffers(const LinearAttentionParams& p, int64_t longest, Arena& arena) : chunk(p, p.value_dim, arena) {
-    const int ld = chunk.ld, ld_v = chunk.ld_v;
-    const int64_t chunks = (longest + kChunk - 1) / kChunk;
-    state_size = int64_t{p.key_dim} * ld_v;
-    segments = arena.take<T>((chunks + kSegment - 1) / kSegment * state_size);
-    states = arena.take<T>(std::min(chunks, kSegment) * state_size);
-    for (T** tile : {&state, &dstate, &rows_s}) *tile = arena.take<T>(state_size);
-    transposed = arena.take<T>(int64_t{p.value_dim} * ld);
-    for (T** tile : {&dout, &dout_panels, &dvalues, &rows_v, &values_t}) *tile = arena.take<T>(kChunk * ld_v);
-    dscores = arena.take<T>(kChunk * kChunk);
-    for (T** tile : {&dq, &dk, &through}) *tile = arena.take<T>(kChunk * ld);
-    dg = arena.take<T>(kChannel ? kChunk * ld : kChunk);
-    dbeta = arena.take<T>(kChunk);
-    dbonus = arena.take<T>(ld);
-    row = arena.take<T>(std::max(ld, ld_v));
-  }
-};
 
 template <class T, bool kChannel>
 class HeadGradients {
   using M = Widened<T>;
 
  public:
-  HeadGradients(const LinearAttentionGradParams& grads, const LinearItem& head, Buffers<T, kChannel>& buffers)
+  HeadGradients(const LinearAttentionGradParams& grads, const LinearItem& head, GradientTiles<T, kChannel>& buffers)
       : g_(grads), p_(grads.forward), item_(head), b_(buffers), chunk_(buffers.chunk) {}
 
   void run() {
@@ -78,6 +34,7 @@ class HeadGradients {
     }
     start_dstate();
     std::fill(b_.dbonus, b_.dbonus + chunk_.ld, T{0});
+    std::fill(b_.dskip, b_.dskip + chunk_.ld_v, T{0});
     for (int64_t s = segments - 1; s >= 0; --s) {
       const int64_t first = s * kSegment, last = std::min(first + kSegment, chunks);
       std::copy(b_.segments + s * b_.state_size, b_.segments + (s + 1) * b_.state_size, b_.state);
@@ -87,11 +44,16 @@ class HeadGradients {
       }
       for (int64_t c = last - 1; c >= first; --c) step_left(c, b_.states + (c - first) * b_.state_size);
     }
+    const int64_t head = item_.sequence * p_.heads + item_.head;
     if (g_.dbonus != nullptr) {
-      const int64_t index = (item_.sequence * p_.heads + item_.head) * p_.key_dim;
-      std::copy(b_.dbonus, b_.dbonus + p_.key_dim, static_cast<T*>(g_.dbonus) + index);
+      std::copy(b_.dbonus, b_.dbonus + p_.key_dim, static_cast<T*>(g_.dbonus) + head * p_.key_dim);
     }
-    if (g_.dinitial_state != nullptr) store_state(p_, item_, b_.dstate, b_.row, g_.dinitial_state);
+    if (g_.dskip != nullptr) {
+      std::copy(b_.dskip, b_.dskip + p_.value_dim, static_cast<T*>(g_.dskip) + head * p_.value_dim);
+    }
+    if (g_.dinitial_state != nullptr) {
+      store_state(p_, item_, b_.dstate, b_.row, g_.dinitial_state, g_.dinitial_norm);
+    }
   }
 
  private:
@@ -104,6 +66,7 @@ class HeadGradients {
   void start_dstate() {
     LinearAttentionParams last = p_;
     last.initial_state = g_.dfinal_state;
+    last.initial_norm = g_.dfinal_norm;
     first_state(last, item_, b_.dstate);
   }
 
@@ -112,96 +75,40 @@ class HeadGradients {
     chunk_.load_values(item_, c, state);
     chunk_.load_queries(item_, c);
     const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
-    const RowsIn dout = rows_at(g_.dout, p_.out_type, item_, item_.head, c * kChunk);
-    load_rows(dout, n, p_.value_dim, b_.dout, ld_v);
-    pack_rows<M>(dout, n, p_.value_dim, b_.dout_panels, n, ld_v);
-    for (int t = 0; t < n; ++t) row_from_panels(chunk_.values, n, ld_v, t, b_.rows_v + t * ld_v);
-    pack_transposed(b_.rows_v, ld_v, n, p_.value_dim, b_.values_t);
+    load_tensor(rows_at(g_.dout, p_.type, item_, item_.head, c * kChunk), n, p_.value_dim, b_.dout, ld_v);
+    if (b_.output.needs_rows()) chunk_.read(state, b_.rows_v);
+    b_.output.gradients(g_, item_, c * kChunk, n, b_.rows_v, b_.dout, b_.dskip);
+    pack_tile(b_.dout, ld_v, n, b_.dout_panels);
+    b_.unpack(chunk_.values);
+    pack_transposed(b_.rows_v, ld_v, n, chunk_.columns, b_.values_t);
     std::fill(b_.dg, b_.dg + (kChannel ? n * ld : n), T{0});
 
-    value_gradients();
-    multiply_lower(b_.dout, ld_v, b_.values_t, p_.value_dim, n, b_.dscores);
+    b_.written(chunk_.scores, chunk_.k_out, b_.dvalues);
+    multiply_lower(b_.dout, ld_v, b_.values_t, chunk_.columns, n, b_.dscores);
     // Through the state behind the chunk: dK = V dS^T, decayed. Before b_.rows_v is spoiled.
-    through_state(b_.dstate, b_.rows_v, b_.dk);
+    b_.through_state(b_.dstate, b_.rows_v, b_.dk);
     chunk_.decay.apply(chunk_.decay.suffix, b_.dk, n, b_.dk);
-    add_leaving(state);
+    b_.add_leaving(chunk_.k, b_.dk, state);
     // Through the state before it: dQ = G S^T, decayed.
-    through_state(state, b_.dout, b_.dq);
+    b_.through_state(state, b_.dout, b_.dq);
     const int late = chunk_.late();
     T *const q = chunk_.q + late * ld, *const dq = b_.dq + late * ld;
     chunk_.decay.apply(chunk_.decay.prefix, dq, n - late, dq);
-    add_entering(q, dq, n - late);
+    b_.add_entering(q, dq, n - late);
     if (late != 0) add_own_gradients();
-    pair_gradients(chunk_.decay, q, chunk_.k, chunk_.scores + late * kChunk, n - late, p_.key_dim, chunk_.pairs,
+    pair_gradients(chunk_.decay, q, chunk_.k, chunk_.scores + late * kChunk, n - late, chunk_.pairs,
                    b_.dscores + late * kChunk, dq, b_.dk, b_.dg);
+    if constexpr (kChannel) {
+      if (chunk_.has_rank_one()) rank_one_gradients(state);
+    }
     gemm_to_panels<M, Accumulate::kScaleAndAdd>({chunk_.q_in, 1, ld}, b_.dout_panels, n, b_.dstate, p_.key_dim,
                                                 p_.key_dim, ld_v, chunk_.total);
     if (chunk_.has_beta()) delta_gradients(state);
+    if (chunk_.has_rank_one()) {
+      gemm_to_panels<M, Accumulate::kAdd>({chunk_.one.a_in, 1, ld}, b_.dfound, n, b_.dstate, p_.key_dim, p_.key_dim,
+                                          ld_v);
+    }
     store_tokens(c * kChunk);
-  }
-
-  // dV = scores^T G + K_out dS.
-  void value_gradients() {
-    const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
-    gemm_to_panels<M, Accumulate::kOverwrite>({chunk_.k_out, ld, 1}, b_.dstate, p_.key_dim, b_.dvalues, n, n, ld_v);
-    const bool finite = all_finite(b_.dout_panels, n * ld_v);
-    for (int j = 0; j < ld_v; j += kPanel<T>) {
-      const int width = std::min(kPanel<T>, ld_v - j);
-      gemm_masked<M, Accumulate::kAdd>({chunk_.scores, 1, kChunk}, b_.dout_panels + int64_t{j} * n, n, finite,
-                                       b_.dvalues + int64_t{j} * n, width, n, width,
-                                       [n](int r, int) { return Steps{r, n}; });
-    }
-  }
-
-  // to = rows_v state^T.
-  void through_state(T* state, const T* rows_v, T* to) {
-    const int ld = chunk_.ld, ld_v = chunk_.ld_v;
-    for (int d = 0; d < p_.key_dim; ++d) {
-      row_from_panels(state, p_.key_dim, ld_v, d, b_.rows_s + int64_t{d} * ld_v);
-    }
-    pack_transposed(b_.rows_s, ld_v, p_.key_dim, p_.value_dim, b_.transposed);
-    gemm<M, Accumulate::kOverwrite>({rows_v, ld_v, 1}, b_.transposed, p_.value_dim, {0, p_.value_dim}, to, ld, chunk_.n,
-                                    ld);
-  }
-
-  void add_to_dg(int t, const Vec<T>& sum, int c) {
-    if constexpr (kChannel) {
-      store(b_.dg + t * chunk_.ld + c, load(b_.dg + t * chunk_.ld + c) + sum);
-    } else {
-      b_.dg[t] += reduce_add<T>(sum);
-    }
-  }
-
-  // dg_t += sum of x_i dx_i over i >= t: what comes from the state before the chunk passes every token up to i.
-  void add_entering(const T* x, const T* dx, int n) {
-    const int ld = chunk_.ld;
-    for (int c = 0; c < ld; c += kLanes<T>) {
-      Vec<T> sum{};
-      for (int t = n - 1; t >= 0; --t) {
-        sum += load(x + t * ld + c) * load(dx + t * ld + c);
-        add_to_dg(t, sum, c);
-      }
-    }
-  }
-
-  // dg_t += sum of k_j dk_j over j < t: what goes to the state behind the chunk passes every token after j; and the
-  // state itself, whose gradient lies in rows_s, passes all.
-  void add_leaving(T* state) {
-    const int ld = chunk_.ld, ld_v = chunk_.ld_v;
-    std::fill(b_.through, b_.through + ld, T{0});
-    for (int d = 0; d < p_.key_dim; ++d) {
-      row_from_panels(state, p_.key_dim, ld_v, d, b_.row);
-      Vec<T> sum{};
-      for (int c = 0; c < ld_v; c += kLanes<T>) sum += load(b_.row + c) * load(b_.rows_s + int64_t{d} * ld_v + c);
-      b_.through[d] = chunk_.total[d] * reduce_add<T>(sum);
-    }
-    for (int c = 0; c < ld; c += kLanes<T>) {
-      Vec<T> sum = load(b_.through + c);
-      for (int t = 0; t < chunk_.n; ++t) {
-        add_to_dg(t, sum, c);
-        sum += load(chunk_.k + t * ld + c) * load(b_.dk + t * ld + c);
-      }
-    }
   }
 
   // Of the scores with their own keys, which then are out of the way.
@@ -219,18 +126,48 @@ class HeadGradients {
     }
   }
 
+  // Of U, what is found under a and written under b: U solves (I + L) U = A_in S + lower(A K^T) V, and Y = (I + L)^-T
+  // dU. Rows of a meet keys of earlier tokens: a diagonal of their pairs has no weight.
+  void rank_one_gradients(T* state) {
+    const RankOne<T>& one = chunk_.one;
+    const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
+    b_.written(one.scores, one.b_out, b_.dfound);
+    solve_lower_transposed(one.minus, n, b_.dfound, ld_v);
+    gemm_masked_to_panels<M>({one.given, 1, kChunk}, b_.dfound, n, b_.dvalues, ld_v,
+                             [n](int r, int) { return Steps{r + 1, n}; });
+    b_.unpack(one.found);
+    pack_transposed(b_.rows_v, ld_v, n, chunk_.columns, b_.found_t);
+    b_.through_state(b_.dstate, b_.rows_v, b_.db);
+    chunk_.decay.apply(chunk_.decay.suffix, b_.db, n, b_.db);
+    b_.add_leaving(one.b, b_.db, nullptr);
+    multiply_lower(b_.dout, ld_v, b_.found_t, chunk_.columns, n, b_.dscores);
+    pair_gradients(chunk_.decay, chunk_.q, one.b, one.scores, n, chunk_.pairs, b_.dscores, b_.dq, b_.db, b_.dg);
+    b_.unpack(b_.dfound);
+    b_.through_state(state, b_.rows_v, b_.da);
+    T *const a = one.a + ld, *const da = b_.da + ld;
+    chunk_.decay.apply(chunk_.decay.prefix, da, n - 1, da);
+    b_.add_entering(a, da, n - 1);
+    const auto add_pairs = [&](const T* values_t, const T* keys, const T* pairs, T* dkeys) {
+      multiply_lower(b_.rows_v, ld_v, values_t, chunk_.columns, n, b_.dscores);
+      for (int t = 0; t < n; ++t) b_.dscores[t * kChunk + t] = T{0};
+      pair_gradients(chunk_.decay, a, keys, pairs + kChunk, n - 1, chunk_.pairs, b_.dscores + kChunk, da, dkeys, b_.dg);
+    };
+    add_pairs(b_.values_t, chunk_.k, one.given, b_.dk);
+    add_pairs(b_.found_t, one.b, one.minus, b_.db);
+  }
+
   // From dvalues, the gradient of what the delta rule writes, to that of v (in its place), beta, k, g and the state.
   void delta_gradients(T* state) {
     const int n = chunk_.n, ld = chunk_.ld, ld_v = chunk_.ld_v;
     solve_lower_transposed(chunk_.minus, n, b_.dvalues, ld_v);
+    b_.unpack(b_.dvalues);
     for (int t = 0; t < n; ++t) {
-      row_from_panels(b_.dvalues, n, ld_v, t, b_.rows_v + t * ld_v);
       row_from_panels(chunk_.residual, n, ld_v, t, b_.row);
       Vec<T> sum{};
       for (int c = 0; c < ld_v; c += kLanes<T>) sum += load(b_.rows_v + t * ld_v + c) * load(b_.row + c);
       b_.dbeta[t] = reduce_add<T>(sum);
     }
-    multiply_lower(b_.rows_v, ld_v, b_.values_t, p_.value_dim, n, b_.dscores);  // -dL
+    multiply_lower(b_.rows_v, ld_v, b_.values_t, chunk_.columns, n, b_.dscores);  // -dL
     for (int i = 0; i < n; ++i) {
       T* row = b_.dscores + i * kChunk;
       row[i] = T{0};
@@ -241,17 +178,16 @@ class HeadGradients {
       }
       b_.dbeta[i] += sum;
     }
-    pair_gradients(chunk_.decay, chunk_.k, chunk_.k, chunk_.overlap, n, p_.key_dim, chunk_.pairs, b_.dscores, b_.dk,
-                   b_.dk, b_.dg);
-    chunk_.scale_rows(b_.dvalues, chunk_.beta);
+    pair_gradients(chunk_.decay, chunk_.k, chunk_.k, chunk_.overlap, n, chunk_.pairs, b_.dscores, b_.dk, b_.dk, b_.dg);
+    scale_rows(b_.dvalues, n, ld_v, chunk_.beta);
     // R = V0 - K_in S.
     for (int t = 0; t < n; ++t) {
       T* row = b_.rows_v + t * ld_v;
       for (int c = 0; c < ld_v; c += kLanes<T>) store(row + c, load(row + c) * -chunk_.beta[t]);
     }
-    through_state(state, b_.rows_v, b_.through);
+    b_.through_state(state, b_.rows_v, b_.through);
     chunk_.decay.apply(chunk_.decay.prefix, b_.through, n, b_.through);
-    add_entering(chunk_.k, b_.through, n);
+    b_.add_entering(chunk_.k, b_.through, n);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dk + i, load(b_.dk + i) + load(b_.through + i));
     gemm_to_panels<M, Accumulate::kAdd>({chunk_.minus_k_in, 1, ld}, b_.dvalues, n, b_.dstate, p_.key_dim, p_.key_dim,
                                         ld_v);
@@ -262,17 +198,24 @@ class HeadGradients {
     const T scale = static_cast<T>(p_.scale);
     for (int i = 0; i < n * ld; i += kLanes<T>) store(b_.dq + i, load(b_.dq + i) * scale);
     const RowsIn v = rows_at(p_.v, p_.type, item_, item_.head, token);
-    if (g_.dweight != nullptr) load_rows(v, n, p_.value_dim, b_.dout, ld_v);
+    if (g_.dweight != nullptr) load_tensor(v, n, p_.value_dim, b_.rows_v, ld_v);
     for (int t = 0; t < n; ++t) {
       const int64_t at = row_index(p_, item_, token + t, p_.heads, item_.head);
       store_key_row(b_.dq + t * ld, g_.dq, g_.dq_of_heads, token + t);
       store_key_row(b_.dk + t * ld, g_.dk, g_.dk_of_heads, token + t);
       const int width = kChannel ? p_.key_dim : 1;
-      store_row(b_.dg + t * (kChannel ? ld : 1), width, element_at(g_.dg, p_.g_type, at * width), p_.g_type);
-      if (g_.dbeta != nullptr) store_row(b_.dbeta + t, 1, element_at(g_.dbeta, p_.beta_type, at), p_.beta_type);
+      store_tensor(b_.dg + t * (kChannel ? ld : 1), width, element_at(g_.dg, p_.g_type, at * width), p_.g_type);
+      if (g_.dbeta != nullptr) store_tensor(b_.dbeta + t, 1, element_at(g_.dbeta, p_.beta_type, at), p_.beta_type);
+      if (g_.da != nullptr) {
+        store_tensor(b_.da + t * ld, p_.key_dim, element_at(g_.da, p_.type, at * p_.key_dim), p_.type);
+        store_tensor(b_.db + t * ld, p_.key_dim, element_at(g_.db, p_.type, at * p_.key_dim), p_.type);
+      }
       row_from_panels(b_.dvalues, n, ld_v, t, b_.row);
       if (g_.dweight != nullptr) store_weight(t, at);
-      store_row(b_.row, p_.value_dim, element_at(g_.dv, p_.type, at * p_.value_dim), p_.type);
+      for (int i = 0; g_.dskip != nullptr && i < ld_v; i += kLanes<T>) {
+        store(b_.row + i, load(b_.row + i) + load(b_.output.skip + i) * load(b_.dout + t * ld_v + i));
+      }
+      store_tensor(b_.row, p_.value_dim, element_at(g_.dv, p_.type, at * p_.value_dim), p_.type);
     }
   }
 
@@ -280,7 +223,7 @@ class HeadGradients {
   void store_key_row(T* row, void* tensor, void* of_heads, int64_t token) {
     if (p_.heads == p_.qk_heads) {
       const int64_t index = row_index(p_, item_, token, p_.heads, item_.head) * p_.key_dim;
-      return store_row(row, p_.key_dim, element_at(tensor, p_.type, index), p_.type);
+      return store_tensor(row, p_.key_dim, element_at(tensor, p_.type, index), p_.type);
     }
     const int64_t together = heads_together(p_);
     T* sum = static_cast<T*>(of_heads) +
@@ -289,22 +232,23 @@ class HeadGradients {
     for (int c = 0; c < p_.key_dim; ++c) sum[c] = first ? row[c] : sum[c] + row[c];
   }
 
-  // v is weight times the tensor's row, which lies in b_.dout now; b_.row holds the gradient of the product.
+  // v is weight times the tensor's row, which lies in b_.rows_v now; b_.row holds the gradient of the product.
   void store_weight(int t, int64_t at) {
     const int ld_v = chunk_.ld_v;
+    if (p_.stabilizer != nullptr) b_.rows_v[t * ld_v + p_.value_dim] = T{1};
     Vec<T> sum{};
     for (int c = 0; c < ld_v; c += kLanes<T>) {
-      sum += load(b_.row + c) * load(b_.dout + t * ld_v + c);
+      sum += load(b_.row + c) * load(b_.rows_v + t * ld_v + c);
       store(b_.row + c, load(b_.row + c) * chunk_.weight[t]);
     }
     const T dweight = reduce_add<T>(sum);
-    store_row(&dweight, 1, element_at(g_.dweight, p_.weight_type, at), p_.weight_type);
+    store_tensor(&dweight, 1, element_at(g_.dweight, p_.weight_type, at), p_.weight_type);
   }
 
   const LinearAttentionGradParams& g_;
   const LinearAttentionParams& p_;
   const LinearItem& item_;
-  Buffers<T, kChannel>& b_;
+  GradientTiles<T, kChannel>& b_;
   Chunk<T, kChannel>& chunk_;
 };
 
@@ -318,7 +262,7 @@ void add_heads(const LinearAttentionParams& p, const T* of_heads, void* sums, in
     for (int64_t i = 1; i < shares; ++i) {
       for (int c = 0; c < p.key_dim; ++c) row[c] += first[i * p.key_dim + c];
     }
-    store_row(row, p.key_dim, element_at(sums, p.type, (token * p.qk_heads + h) * p.key_dim), p.type);
+    store_tensor(row, p.key_dim, element_at(sums, p.type, (token * p.qk_heads + h) * p.key_dim), p.type);
   }
 }
 
@@ -327,12 +271,12 @@ void run(const LinearAttentionGradParams& g, Executor& executor) {
   const LinearAttentionParams& p = g.forward;
   const std::vector<LinearItem> items = linear_items<T>(p, 1);
   Arena measure(nullptr);
-  Buffers<T, kChannel>(p, items.empty() ? 0 : items.front().length, measure);
+  GradientTiles<T, kChannel>(p, items.empty() ? 0 : items.front().length, measure);
   const Scratch scratch(measure.used(), executor.workers());
   const int64_t together = heads_together(p);
   executor.run(static_cast<int64_t>(items.size()) / together, [&](int64_t i, int worker) {
     Arena arena(scratch.of(worker));
-    Buffers<T, kChannel> b(p, items.front().length, arena);
+    GradientTiles<T, kChannel> b(p, items.front().length, arena);
     for (int64_t h = 0; h < together; ++h) HeadGradients<T, kChannel>(g, items[i * together + h], b).run();
   });
   if (p.heads == p.qk_heads) return;

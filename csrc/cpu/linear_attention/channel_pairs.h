@@ -97,8 +97,8 @@ void add_block_gradients(const Decay<T, true>& decay, const T* x, const T* y, in
 
 // Adds to dx, dy and dg [n][ld] what the gradient of the scores gives them.
 template <class T>
-void pair_gradients(const Decay<T, true>& decay, const T* x, const T* y, const T*, int n, int key_dim,
-                    const PairScratch<T>& s, T* dscores, T* dx, T* dy, T* dg) {
+void pair_gradients(const Decay<T, true>& decay, const T* x, const T* y, const T*, int n, const PairScratch<T>& s,
+                    T* dscores, T* dx, T* dy, T* dg) {
   using M = Widened<T>;
   const int ld = decay.ld, last = (n - 1) / kSubChunk * kSubChunk;
   std::fill(s.dx, s.dx + n * ld, T{0});
@@ -106,7 +106,7 @@ void pair_gradients(const Decay<T, true>& decay, const T* x, const T* y, const T
   for (int first = kSubChunk; first < n; first += kSubChunk) {
     const int rows = std::min(kSubChunk, n - first);
     carry_keys(decay, y, first, s);
-    pack_rows<M>(rows_of(s.carried, ld), first, key_dim, s.panels, first, ld);
+    pack_tile(s.carried, ld, first, s.panels);
     gemm<M, Accumulate::kOverwrite>({dscores + first * kChunk, kChunk, 1}, s.panels, first, {0, first},
                                     s.dx + first * ld, ld, rows, ld);
     enter_rows(decay, first, rows, s, s.dx + first * ld, s.dx + first * ld);
@@ -114,7 +114,7 @@ void pair_gradients(const Decay<T, true>& decay, const T* x, const T* y, const T
   for (int first = last; first > 0; first -= kSubChunk) {
     const int rows = std::min(kSubChunk, n - first);
     enter_rows(decay, first, rows, s, x + first * ld, s.entered);
-    pack_rows<M>(rows_of(s.entered, ld), rows, key_dim, s.panels, rows, ld);
+    pack_tile(s.entered, ld, rows, s.panels);
     gemm<M, Accumulate::kAdd>({dscores + first * kChunk, 1, kChunk}, s.panels, rows, {0, rows}, s.dy, ld, first, ld);
     carry_rows(decay, first, s, s.dy);
   }

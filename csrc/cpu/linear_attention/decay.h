@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "cpu/linear_attention/item.h"
+#include "cpu/linear_attention/tensors.h"
 #include "cpu/math.h"
 
 namespace lcore::cpu::LCORE_ISA {
@@ -30,10 +30,10 @@ struct Decay {
   void load_tokens(const LinearAttentionParams& p, const LinearItem& item, int64_t token, int n) {
     const RowsIn g = rows_at(p.g, p.g_type, item, item.head, token);
     if constexpr (kChannel) {
-      load_rows(g, n, p.key_dim, step, ld);
+      load_tensor(g, n, p.key_dim, step, ld);
       for (int i = 0; i < n * ld; i += kLanes<T>) store(step + i, exp(load(step + i)));
     } else {
-      load_rows(g, n, 1, step, 1);
+      load_tensor(g, n, 1, step, 1);
       for (int t = 0; t < n; ++t) step[t] = std::exp(step[t]);
     }
     const int width = kChannel ? ld : 1;

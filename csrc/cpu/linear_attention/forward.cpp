@@ -3,12 +3,14 @@
 // writes beta_t (v_t - S^T k_t) for v_t. By chunks of 64 tokens, between chunks a state, inside a chunk products:
 //   O = (Q decayed from the start) S + lower(Q K^T, decayed) V,   S <- decay S + (K decayed to the end)^T V,
 // where the delta rule first solves (I + lower(beta K K^T)) V' = beta (V - (K decayed from the start) S) and goes on
-// with V'. RWKV-6 reads S_{t-1} + diag(u) k_t v_t^T: Q has the decays of a row before, and u is on the diagonal. One
+// with V'. RWKV-6 reads S_{t-1} + diag(u) k_t v_t^T: Q has the decays of a row before, and u is on the diagonal; RWKV-7
+// also writes under keys b what the state holds under keys a (rank_one.h); mLSTM reads one more column (output.h). One
 // item is a head of a sequence, chunks in order; where there are fewer items than workers, columns of V are shared
 // out, each of which has a state of its own.
 #include "core/executor.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_attention/chunk.h"
+#include "cpu/linear_attention/output.h"
 #include "cpu/linear_attention/state.h"
 
 namespace lcore::cpu::LCORE_ISA {
@@ -17,37 +19,35 @@ namespace {
 template <class T, bool kChannel>
 struct Buffers {
   Chunk<T, kChannel> chunk;
+  Output<T> output;
   T* state;  // panels [key_dim][ld_v]
   T* out;    // [tokens][ld_v]
 
   Buffers(const LinearAttentionParams& p, int columns, Arena& arena)
       : chunk(p, columns, arena),
+        output(p, chunk.ld_v, arena),
         state(arena.take<T>(int64_t{p.key_dim} * chunk.ld_v)),
         out(arena.take<T>(kChunk * chunk.ld_v)) {}
 };
 
 template <class T, bool kChannel>
 void run_item(const LinearAttentionParams& p, const LinearItem& item, Arena& arena) {
-  using M = Widened<T>;
   Buffers<T, kChannel> b(p, item.columns, arena);
   Chunk<T, kChannel>& chunk = b.chunk;
-  const int ld = chunk.ld, ld_v = chunk.ld_v;
   first_state(p, item, b.state);
   for (int64_t c = 0; c < item.chunks(); ++c) {
     chunk.load_keys(item, c);
     chunk.load_values(item, c, b.state);
     chunk.load_queries(item, c);
-    const int n = chunk.n;
-    gemm<M, Accumulate::kOverwrite>({chunk.q_in, ld, 1}, b.state, p.key_dim, {0, p.key_dim}, b.out, ld_v, n, ld_v);
-    gemm_masked<M, Accumulate::kAdd>({chunk.scores, kChunk, 1}, chunk.values, n, all_finite(chunk.values, n * ld_v),
-                                     b.out, ld_v, n, ld_v, [](int r, int count) { return Steps{0, r + count}; });
-    for (int t = 0; t < n; ++t) {
+    chunk.read(b.state, b.out);
+    b.output.apply(item, c * kChunk, chunk.n, b.out);
+    for (int t = 0; t < chunk.n; ++t) {
       const int64_t index = row_index(p, item, c * kChunk + t, p.heads, item.head) * p.value_dim + item.column;
-      store_row(b.out + t * ld_v, item.columns, element_at(p.out, p.out_type, index), p.out_type);
+      store_tensor(b.out + t * chunk.ld_v, item.columns, element_at(p.out, p.type, index), p.type);
     }
     chunk.advance(b.state);
   }
-  store_state(p, item, b.state, b.out, p.final_state);
+  store_state(p, item, b.state, b.out, p.final_state, p.final_norm);
 }
 
 template <class T, bool kChannel>

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/linear_attention.h"
+#include "cpu/masked_gemm.h"
 #include "cpu/pack_columns.h"
 #include "cpu/scratch.h"
 
@@ -85,22 +86,31 @@ inline void* element_at(void* data, DType type, int64_t index) {
 template <class T>
 inline constexpr DType kTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
-// A tile of T as rows of a tensor.
-template <class T>
-RowsIn rows_of(const T* tile, int ld) {
-  return {tile, kTypeOf<T>, ld, 1};
+// Columns of a state beside `columns` of v: with a stabilizer one more, what a value that is always 1 leaves.
+inline int state_columns(const LinearAttentionParams& p, int columns) {
+  return columns + (p.stabilizer != nullptr ? 1 : 0);
 }
 
-// rows x cols of a contiguous tensor into packed panels over `rows` steps, and back.
+// One column of packed panels over `depth` steps.
 template <class T>
-void state_to_panels(const T* state, int64_t ld, int rows, int cols, T* panels) {
-  pack_rows<Widened<T>>({state, kTypeOf<T>, ld, 1}, rows, cols, panels, rows, round_up_lanes<T>(cols));
+void set_column(const T* values, T* panels, int depth, int cols, int column) {
+  const int lane = column % kLanes<T>;
+  const PanelColumns<T> place = in_panels(panels, depth, cols, column - lane);
+  for (int step = 0; step < depth; ++step) place.data[int64_t{step} * place.width + lane] = values[step];
 }
 
 // Row `step` of packed panels over `depth` steps, in order.
 template <class T>
 void row_from_panels(T* panels, int depth, int cols, int step, T* row) {
   for_each_vector(panels, depth, cols, step, [&](T* place, int c) { store(row + c, load(place)); });
+}
+
+// Row t of panels over n tokens times factors[t].
+template <class T>
+void scale_rows(T* panels, int n, int cols, const T* factors) {
+  for (int t = 0; t < n; ++t) {
+    for_each_vector(panels, n, cols, t, [&](T* place, int) { store(place, load(place) * factors[t]); });
+  }
 }
 
 // C = A B where C too is packed panels over `c_depth` steps: what one product makes is the B of the next.
@@ -112,6 +122,18 @@ void gemm_to_panels(const MatrixA<typename M::In>& a, const typename M::In* b, i
     const int width = std::min(kWidth, cols - j);
     gemm<M, kMode>(a, b + int64_t{j} * depth, depth, {0, depth}, c + int64_t{j} * c_depth, width, rows, width,
                    row_scale);
+  }
+}
+
+// C += A B into panels over n rows, where row r of A has weight in taken(r, 1) alone (gemm_masked).
+template <class M, class Taken>
+void gemm_masked_to_panels(const MatrixA<typename M::In>& a, typename M::In* b, int n, typename M::Out* c, int cols,
+                           const Taken& taken) {
+  constexpr int kWidth = kPanel<typename M::In>;
+  const bool finite = all_finite(b, int64_t{n} * cols);
+  for (int j = 0; j < cols; j += kWidth) {
+    const int width = std::min(kWidth, cols - j);
+    gemm_masked<M, Accumulate::kAdd>(a, b + int64_t{j} * n, n, finite, c + int64_t{j} * n, width, n, width, taken);
   }
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cpu/linear_attention/decay.h"
-#include "cpu/masked_gemm.h"
 
 namespace lcore::cpu::LCORE_ISA {
 
@@ -38,15 +37,14 @@ PairScratch<T> take_pair_scratch(int ld, Arena& arena) {
   return s;
 }
 
-// Rows of a tile as columns of panels over `dim` steps; columns that fill up the last vector are zero.
+// Pairs of a token with itself, which no decay touches, with a factor for each channel.
 template <class T>
-void pack_transposed(const T* tile, int64_t ld, int rows, int dim, T* panels) {
-  const int cols = round_up_lanes<T>(rows);
-  if (cols != rows) {
-    const int last = (cols - 1) / kPanel<T> * kPanel<T>;
-    std::fill(panels + int64_t{last} * dim, panels + int64_t{cols} * dim, T{0});
+void set_diagonal(const T* x, const T* y, const T* factors, int ld, int n, T* pairs) {
+  for (int t = 0; t < n; ++t) {
+    Vec<T> sum{};
+    for (int c = 0; c < ld; c += kLanes<T>) sum += load(x + t * ld + c) * load(factors + c) * load(y + t * ld + c);
+    pairs[t * kChunk + t] = reduce_add<T>(sum);
   }
-  pack_columns<Widened<T>>({tile, kTypeOf<T>, ld, 1}, rows, dim, panels, cols);
 }
 
 // Zeroes what stands behind column i of row i.
@@ -96,7 +94,7 @@ void pair_scores(const Decay<T, false>& decay, const T* x, const T* y, int n, in
 
 // Adds to dx, dy [n][ld] and dg [n] what the gradient of the scores gives them, and spoils dscores.
 template <class T>
-void pair_gradients(const Decay<T, false>& decay, const T* x, const T* y, const T* scores, int n, int key_dim,
+void pair_gradients(const Decay<T, false>& decay, const T* x, const T* y, const T* scores, int n,
                     const PairScratch<T>& s, T* dscores, T* dx, T* dy, T* dg) {
   using M = Widened<T>;
   // A pair feels the decay of every token t with j < t <= i: sums over i from t on, then over j. No differences.
@@ -111,10 +109,10 @@ void pair_gradients(const Decay<T, false>& decay, const T* x, const T* y, const 
   }
   multiply_by_decays(n, s, dscores);
   const int cols = decay.ld;
-  pack_rows<M>(rows_of(y, decay.ld), n, key_dim, s.panels, n, cols);
+  pack_tile(y, cols, n, s.panels);
   gemm_masked<M, Accumulate::kAdd>({dscores, kChunk, 1}, s.panels, n, all_finite(s.panels, n * cols), dx, decay.ld, n,
                                    cols, [](int r, int count) { return Steps{0, r + count}; });
-  pack_rows<M>(rows_of(x, decay.ld), n, key_dim, s.panels, n, cols);
+  pack_tile(x, cols, n, s.panels);
   gemm_masked<M, Accumulate::kAdd>({dscores, 1, kChunk}, s.panels, n, all_finite(s.panels, n * cols), dy, decay.ld, n,
                                    cols, [n](int r, int) { return Steps{r, n}; });
 }

@@ -1,12 +1,15 @@
 // Bounds of pages of keys (Tang et al. 2024, Quest): for each page of a kv head the least and the greatest value of
 // each channel. Computed once, when a page is full; reads K as the attention kernels do, wherever and however it lies.
 // As bfloat16 the least is rounded down and the greatest up, so that both stay bounds; what was stored as bfloat16 is
-// exact. A NaN anywhere in a channel makes both its bounds NaN: nothing is known of it.
+// exact. A NaN anywhere in a channel makes both its bounds NaN: nothing is known of it. Keys that are stored before
+// RoPE are bounded in the panels that attention multiplies, rotated to their positions: to the bit what a query will
+// meet.
 #include "core/page_bounds.h"
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <optional>
 
 #include "core/executor.h"
 #include "cpu/attention/operands.h"
@@ -70,6 +73,50 @@ void bound_columns(const Element* rows, const RowsIn& in, int count, int c, int 
   });
 }
 
+// Keys that are read as rotated, in the panels of attention.
+template <class M>
+struct RotatedKeys {
+  using In = typename M::In;
+  In* panel;
+  KeyRotation<M> rotation;
+
+  static RotatedKeys lay_out(const PageBoundsParams& p, const RotationTable<M>& table, Arena& arena) {
+    In* panel = arena.take<In>(int64_t{div_up(p.keys.head_dim, M::kPair)} * kPanel<In>);
+    return {panel, KeyRotation<M>::lay_out(table, p.keys.head_dim, arena)};
+  }
+
+  // Of a page: panels begin at multiples of a vector's lanes, before the page where that does not.
+  void bound(const PageBoundsParams& p, const Sequence& s, int64_t page, const Buffers& b) const {
+    const int64_t begin = page * p.page_size, end = begin + p.page_size;
+    for (int64_t key = begin / kLanes<In> * kLanes<In>; key < end; key += kPanel<In>) {
+      const auto keys = static_cast<int>(std::min<int64_t>(end - key, kPanel<In>));
+      pack_keys_as_columns<M>(p.keys, false, s, key, keys, panel, b.expanded, &rotation);
+      const RoundUpward exact;
+      bound_channels(p.keys.head_dim, static_cast<int>(std::max<int64_t>(begin - key, 0)), keys, b);
+    }
+  }
+
+ private:
+  // Columns [first, last) of the panel. Nothing is rounded here.
+  [[gnu::noinline]] void bound_channels(int dim, int first, int last, const Buffers& b) const {
+    constexpr int kLane = kLanes<In>;
+    const int width = round_up_lanes<In>(last);
+    for (int c = 0; c < dim; ++c) {
+      Vec<float> least = splat(b.least[c]), most = splat(b.most[c]), unknown{};
+      for (int j = first / kLane * kLane; j < width; j += kLane) {
+        const Vec<float> x = load_panel_row<M>(panel + j, width, c), at = iota<float>() + static_cast<float>(j);
+        const auto held = (at >= static_cast<float>(first)) & (at < static_cast<float>(last));
+        least = held & (x < least) ? x : least;
+        most = held & (x > most) ? x : most;
+        unknown = held & (x != x) ? x : unknown;
+      }
+      const float sum = reduce_add<float>(unknown);  // NaN if any lane is
+      b.least[c] = sum != sum ? sum : -reduce_max<float>(-least);
+      b.most[c] = sum != sum ? sum : reduce_max<float>(most);
+    }
+  }
+};
+
 // To bfloat16 away from zero for numbers whose sign bit is `sign`, towards zero for others.
 BFloat16 round_away(float x, uint32_t sign) {
   if (x != x) return to_bfloat16(x);
@@ -79,12 +126,17 @@ BFloat16 round_away(float x, uint32_t sign) {
 
 }  // namespace
 
-void page_bounds(const PageBoundsParams& p, Executor& executor) {
+namespace {
+
+template <class M>
+void run(const PageBoundsParams& p, Executor& executor) {
   const int dim = p.keys.head_dim;
   const int64_t pages = p.last - p.first;
   const int64_t page_bytes = 2 * dim * static_cast<int64_t>(size_of(p.type));
+  const std::optional<RotationTable<M>> table = RotationTable<M>::of(p.keys);
   Arena measure(nullptr);
   lay_out(p, measure);
+  if (table.has_value()) RotatedKeys<M>::lay_out(p, *table, measure);
   const Scratch scratch(measure.used(), executor.workers());
   const auto item = [&](int64_t i, int worker) {
     Arena arena(scratch.of(worker));
@@ -99,11 +151,15 @@ void page_bounds(const PageBoundsParams& p, Executor& executor) {
     std::fill(b.least, b.least + round_up_lanes<float>(dim), kInfinity<float>);
     std::fill(b.most, b.most + round_up_lanes<float>(dim), -kInfinity<float>);
     // Tiny numbers must not be taken for 0, as a thread may have been told to do.
-    for_each_run(p.keys, false, s, page * p.page_size, static_cast<int>(p.page_size), b.expanded,
-                 [&](const RowsIn& rows, int, int count) {
-                   const RoundUpward exact;
-                   bound_rows(rows, count, dim, b);
-                 });
+    if (table.has_value()) {
+      RotatedKeys<M>::lay_out(p, *table, arena).bound(p, s, page, b);
+    } else {
+      for_each_run(p.keys, false, s, page * p.page_size, static_cast<int>(p.page_size), b.expanded,
+                   [&](const RowsIn& rows, int, int count) {
+                     const RoundUpward exact;
+                     bound_rows(rows, count, dim, b);
+                   });
+    }
     if (p.type == DType::kFloat32) {
       std::memcpy(out, b.least, page_bytes / 2);
       std::memcpy(out + page_bytes / 2, b.most, page_bytes / 2);
@@ -114,6 +170,15 @@ void page_bounds(const PageBoundsParams& p, Executor& executor) {
     }
   };
   executor.run(p.keys.batch * p.keys.kv_heads * pages, item, kPagesInline);
+}
+
+}  // namespace
+
+void page_bounds(const PageBoundsParams& p, Executor& executor) {
+  if constexpr (kHasBF16Pairs) {
+    if (in_bfloat16(p.keys)) return run<BF16Pairs>(p, executor);
+  }
+  return run<Widened<float>>(p, executor);
 }
 
 }  // namespace lcore::cpu::LCORE_ISA

@@ -18,13 +18,19 @@ __device__ inline void mbarrier_arrive(uint64_t* barrier) {
 
 // Until the phase of this parity has ended: 0 for the first phase, 1 for the second, 0 for the third.
 __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+#define LCORE_WAIT "try_wait"  // the hardware lets the thread sleep for a while
+#else
+#define LCORE_WAIT "test_wait"
+#endif
   uint32_t ended;
   do {
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+    asm volatile("{ .reg .pred p; mbarrier." LCORE_WAIT ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(ended)
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
   } while (ended == 0);
+#undef LCORE_WAIT
 }
 
 // Arrives and announces bytes that an asynchronous copy will bring in this phase. sm_90 and later.

@@ -40,9 +40,10 @@ class LayerAccess(Space):
     ) -> Tensor:
         """The least and the greatest value of each key channel in full pages of a layer, for `lcore.page_scores`.
 
-        Formula: `lcore.page_bounds` over the keys as stored: rotated where the cache rotates, and so must be the
-            queries. A full page never changes, nor do its bounds: after more tokens only those of the new pages have
-            to be asked for.
+        Formula: `lcore.page_bounds` over the keys as `attend` reads them: under the Hadamard transform where the cache
+            rotates, and with `rope` after RoPE at their places in the cache; and so must be the queries. A full page
+            never changes, nor do its bounds as long as nothing before it is evicted: after more tokens only those of
+            the new pages have to be asked for.
 
         Args:
             first, last: pages first .. last - 1 of each head; last up to the full pages of the longest head, the
@@ -52,16 +53,9 @@ class LayerAccess(Space):
         Returns:
             (batch, kv_heads, last - first, 2, head_dim), dtype; 0 for pages that a head does not have or that are not
             full.
-
-        Raises: NotImplementedError: keys before RoPE, whose channels no query is multiplied with.
         """
         name = "PagedCache.page_bounds"
         slots = self._layer(name, layer)
-        if layer_rope(self.rope, layer) is not None:
-            raise NotImplementedError(
-                f"lcore.{name}: no bounds of keys that are stored before RoPE, for channels change when they are "
-                "rotated; use key_mass, or a cache without rope"
-            )
         pages, view = slots.snapshot(layer)
         most = int(view.host_lengths.max()) // slots.layout.page_size
         last = most if last is None else last
@@ -69,15 +63,15 @@ class LayerAccess(Space):
         check_int(name, "first", first, 0, last)
         check_bound_type(name, dtype)
         with slots.using(layer, first, last):
-            return kernels.page_bounds(pages, view, slots.layout, first, last, dtype)
+            return kernels.page_bounds(pages, view, slots.layout, first, last, dtype, layer_rope(self.rope, layer))
 
     def dropped_mass(self, layer: int) -> Tensor:
         """(batch, heads, new) float32: the largest part of its attention that each query of the last `attend` of a
         layer can have missed because of the selection, an upper bound; 0 where all pages were read.
 
         Formula: D / (1 + D) with D = sum over pages p not read of page_size exp(u_p - lse), u_p from `page_scores`.
-            Keys count as they are stored; the bound is exact but for the rounding of lse, for which D is raised by 1e-4
-            of itself.
+            Keys count as they are stored, and those that were evicted do not count; the bound is exact but for the
+            rounding of lse, for which D is raised by 1e-4 of itself.
 
         Raises: ValueError without a selection whose scores are bounds, as `lcore.selection.Quest`, and before `attend`.
         """

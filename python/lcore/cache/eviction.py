@@ -32,7 +32,7 @@ def evict(function: str, slots: Slots, layer: int, keep: Mask, *, whole_pages: b
     with slots.pool.lock:
         if slots.undo is not None:
             slots.undo.forget(layer)
-        slots.index.forget(layer)
+        slots.index.evict(layer, keep, slots.layout.page_size)
         slots.intact &= (keep == held).all(axis=(1, 2))
         if whole_pages:
             _drop_pages(slots, layer, keep)

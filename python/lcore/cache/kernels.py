@@ -113,6 +113,7 @@ def attend(
         layer.plain_pages,
         layout.plain.parts,
         *_rope_arguments(rope),
+        layer.places,
     )
 
 
@@ -155,7 +156,9 @@ def key_mass(
     )
 
 
-def page_bounds(pool: Tensor, layer: Layer, layout: PageLayout, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def page_bounds(
+    pool: Tensor, layer: Layer, layout: PageLayout, first: int, last: int, dtype: torch.dtype, rope: Rotation | None
+) -> Tensor:
     """Least and greatest key channels of pages first .. last - 1: (batch, kv_heads, last - first, 2, head_dim)."""
     return torch.ops.lcore.page_bounds_paged.default(
         pool,
@@ -171,6 +174,7 @@ def page_bounds(pool: Tensor, layer: Layer, layout: PageLayout, first: int, last
         dtype_name(dtype),
         layer.plain_pages,
         layout.plain.parts,
+        *_rope_arguments(rope),
     )
 
 

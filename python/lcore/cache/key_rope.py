@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lcore.cache.policies.base import Policy
+import torch
+from torch import Tensor
+
 from lcore.errors import message, require, require_type
+from lcore.ops.rope import rope as turn
 from lcore.positions import Rotation
+
+if TYPE_CHECKING:
+    from lcore.cache.policies.base import Policy
 
 # One for all layers, or one for each, None where keys are read as they are stored; None for a cache after RoPE.
 KeyRope: TypeAlias = Rotation | tuple[Rotation | None, ...] | None
@@ -49,6 +55,29 @@ def check_rope(
 
 def layer_rope(rope: KeyRope, layer: int) -> Rotation | None:
     return rope[layer] if isinstance(rope, tuple) else rope
+
+
+def turned_keys(k: Tensor, first: int, rope: Rotation) -> Tensor:
+    """k (batch, kv_heads, n, head_dim) rotated to positions first, first + 1, ..."""
+    return _turned(k.transpose(1, 2), torch.arange(first, first + k.shape[2]), rope).transpose(1, 2)
+
+
+def turned_queries(q: Tensor, lengths: Tensor, counts: Tensor | None, rope: Rotation) -> Tensor:
+    """q (batch, new, heads, head_dim) as float32, the last of each row rotated to the place of the last key.
+
+    lengths: (batch, kv_heads), keys of each slot. counts: (batch,) real rows of q, or None.
+    """
+    batch, new, heads, dim = q.shape
+    last = lengths.long() - (new if counts is None else counts[:, None])
+    places = last.flatten()[:, None] + torch.arange(new)
+    by_slot = q.float().unflatten(2, (lengths.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+    turned = _turned(by_slot, places, rope)
+    return turned.unflatten(0, lengths.shape).transpose(1, 2).reshape(batch, new, heads, dim)
+
+
+def _turned(x: Tensor, positions: Tensor, rope: Rotation) -> Tensor:
+    scaling, interleaved = rope.attention_scaling, rope.interleaved
+    return turn(x, positions, rope.frequencies, attention_scaling=scaling, interleaved=interleaved)
 
 
 def rope_from_json(value: Any) -> KeyRope:

@@ -36,3 +36,11 @@ class KeyScores:
 
 def _bytes(values: dict[str, Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in values.values())
+
+
+def gather_kept(values: Tensor, keep: Tensor) -> Tensor:
+    """values (batch, kv_heads, keys) where `keep` is set, moved together in their order, with zeros behind."""
+    counts = keep.sum(-1)
+    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(counts.max())]
+    kept = values.gather(-1, order)
+    return kept.masked_fill(torch.arange(kept.shape[-1]) >= counts[..., None], 0)

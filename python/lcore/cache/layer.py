@@ -20,6 +20,7 @@ class Layer(NamedTuple):
     host_lengths: NDArray[np.int32]
     number: int  # which layer
     plain_pages: int  # the first pages of each slot that hold values where the formats are codes
+    places: torch.Tensor | None = None  # (batch, kv_heads, pages + 1) int32: which of the slot's pages these are
 
 
 class Host(NamedTuple):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcore.cache import kernels
+from lcore.cache.key_scores import gather_kept
 from lcore.cache.layer import between
 from lcore.cache.layer_pages import LayerPages
 from lcore.cache.pool import PagePool, new_tensor
@@ -17,6 +18,7 @@ from lcore.cache.pool import PagePool, new_tensor
 if TYPE_CHECKING:
     from lcore.cache.selection.base import Selection
     from lcore.cache.slots import Slots
+    from lcore.positions import Rotation
 
 _GROWTH = 1.5  # as tables grow
 _PAGES = 64  # summarized at a time: 2 heads of 128 channels are then 4 MB of float32
@@ -55,12 +57,20 @@ class PageIndex:
             if mass is not None:
                 mass.masked_fill_(torch.arange(mass.shape[-1]) >= kept[..., None], 0)
 
-    def forget(self, layer: int) -> None:
-        """Forgets a layer whose tokens have moved."""
-        self.known[layer] = 0
+    def evict(self, layer: int, keep: NDArray[np.bool_], page_size: int) -> None:
+        """Of a layer's tokens (batch, kv_heads, tokens) only those of `keep` stay, moved together in their order.
+
+        Pages before the first token that goes are what they were; summaries of the others, which hold other tokens
+        now or stand at other places, are made again.
+        """
+        unmoved = np.where(keep.all(-1), keep.shape[-1], keep.argmin(-1))
+        np.minimum(self.known[layer], unmoved // page_size, out=self.known[layer])
         mass = self.mass[layer]
         if mass is not None:
+            seen = min(mass.shape[-1], keep.shape[-1])
+            kept = gather_kept(mass[..., :seen], torch.from_numpy(keep[..., :seen]))
             mass.zero_()
+            mass[..., : kept.shape[-1]] = kept
 
     def report(self, pool: PagePool, layer: int, dropped: Tensor) -> None:
         before = self.nbytes
@@ -69,13 +79,16 @@ class PageIndex:
         if dropped.numel():
             self.worst = max(self.worst, float(dropped.max()))
 
-    def update(self, function: str, slots: Slots, layer: int, selection: Selection, last: NDArray[np.int32]) -> Tensor:
+    def update(
+        self, function: str, slots: Slots, layer: int, selection: Selection, last: NDArray[np.int32],
+        rope: Rotation | None,
+    ) -> Tensor:  # fmt: skip
         """The summaries of a layer, with the first last[batch, kv_head] pages of each slot among them."""
         known = self.known[layer]
         shape = (*known.shape, int(last.max()), 2, slots.layout.head_dim)
         summaries = self._wide(function, slots.pool, self.summaries, layer, shape, torch.bfloat16)
         begin = int(np.where(known < last, known, shape[2]).min())
-        pages = LayerPages(slots, layer, self.mass[layer])
+        pages = LayerPages(slots, layer, self.mass[layer], rope)
         for first in range(begin, shape[2], _PAGES):
             end = min(first + _PAGES, shape[2])
             new = between(np.maximum(known - first, 0), last - first, end - first)
@@ -99,6 +112,7 @@ class PageIndex:
         softmax_scale: float,
         softcap: float,
         window: int,
+        rope: Rotation | None,
     ) -> None:
         """Adds the attention that keys got from q, if it stands at most `window` tokens behind them."""
         pool, view = slots.snapshot(layer)
@@ -112,7 +126,8 @@ class PageIndex:
         )  # fmt: skip
         scores = ((window, 0), softmax_scale, softcap, None)
         with slots.using(layer, first):
-            seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum", None)
+            # Positions begin with the first page that is read: what counts are distances.
+            seen = kernels.key_mass(pool, near, q, slots.layout, counts, *scores, lse.contiguous(), "sum", rope)
         shape = (*view.lengths.shape, int(view.host_lengths.max()))
         mass = self._wide(function, slots.pool, self.mass, layer, shape, torch.float32)
         mass[..., first * size : shape[-1]] += seen

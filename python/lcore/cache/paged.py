@@ -53,8 +53,8 @@ class PagedCache(LayerReader):
             rotated to m - 1. Where tokens were evicted, the others close up. A `lcore.positions.Rotation`, or one or
             None for each layer; not with rotate. None: RoPE is the caller's.
         policy: of `lcore.policies`, or one's own: `attend` asks it what to drop. Forks have it too. None keeps all.
-        select: of `lcore.selection`, or one's own: which pages `attend` reads, while all are kept. Forks have it too.
-            None reads all.
+        select: of `lcore.selection`, or one's own: which pages `attend` reads of those that are kept. Forks have it
+            too. With rope page_size must be a multiple of 16. None reads all.
 
     Raises:
         TypeError, ValueError: arguments. NotImplementedError: what is not there yet. MemoryError: max_bytes or the
@@ -96,7 +96,7 @@ class PagedCache(LayerReader):
         plain: dict[str, Any] = {"skip_layers": skip_layers, "fp_prefix": fp_prefix, "dtype": dtype}
         layout = page_layout("PagedCache", head_dim, head_dim_v, kv_format, page_size, num_layers=num_layers, **plain)
         check_policy("PagedCache", policy, num_layers, num_kv_heads, layout)
-        check_selection("PagedCache", select, policy, rope)
+        check_selection("PagedCache", select, rope, page_size)
         self.rope = check_rope("PagedCache", rope, num_layers, head_dim, rotate=rotate, policy=policy)
         self.num_layers, self.num_kv_heads, self.batch_size = num_layers, num_kv_heads, batch_size
         self.head_dim, self.head_dim_v = layout.head_dim, layout.head_dim_v
@@ -139,7 +139,7 @@ class PagedCache(LayerReader):
 
     @select.setter
     def select(self, select: Selection | None) -> None:
-        check_selection("PagedCache", select, self.policy, self.rope)
+        check_selection("PagedCache", select, self.rope, self.page_size)
         self._open("PagedCache.select").forget_index()
         self._select = select
 

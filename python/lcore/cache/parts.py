@@ -34,6 +34,8 @@ class Queries(NamedTuple):
         names = ("table", "lengths", "tail_k", "tail_v")
         own = {name: getattr(self.view, name)[rows, heads].contiguous() for name in names}
         host = {f"host_{name}": own[name].numpy() for name in names[:2]}
+        if self.view.places is not None:
+            own["places"] = self.view.places[rows, heads].contiguous()
         slopes = self.alibi_slopes
         if slopes is not None:
             slopes = (slopes[of_q] if slopes.dim() == 1 else slopes[rows, of_q]).contiguous()

@@ -39,6 +39,7 @@ class LayerReader(LayerAccess):
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         return_lse: Literal[False] = ...,
+        separately: bool = ...,
     ) -> Tensor: ...
 
     @overload
@@ -54,6 +55,7 @@ class LayerReader(LayerAccess):
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         return_lse: Literal[True],
+        separately: bool = ...,
     ) -> tuple[Tensor, Tensor]: ...
 
     def attend(
@@ -68,6 +70,7 @@ class LayerReader(LayerAccess):
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         return_lse: bool = False,
+        separately: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the last tokens appended to a layer over all that it holds, causal.
 
@@ -80,10 +83,13 @@ class LayerReader(LayerAccess):
             lengths: (batch,) int64 or int32, the real rows of q, as given to `append`.
             window_size, softmax_scale, softcap, alibi_slopes, sinks: as `lcore.attention`.
             return_lse: also return lse.
+            separately: with a selection, each of several queries reads the pages that it would read alone, as if no
+                token came behind it; none of those may fill a page. Without one it has no effect.
 
         With a policy, tokens that exceed its budget are dropped once the output is there: attend once after an append.
         A layer that is read with a window or slopes keeps all its tokens. With a selection, only some full pages are
-        read, and out and lse are those of their keys; with a window or slopes all are.
+        read, and out and lse are those of their keys; with a window or slopes all are. With both, the policy decides by
+        the attention over all keys, as without the selection: where it asks for that, all of them are read once more.
 
         Returns:
             (batch, new, heads, head_dim_v), dtype; 0 in padding rows; and with return_lse
@@ -107,14 +113,16 @@ class LayerReader(LayerAccess):
             return kernels.attend(pages, part.view, part.q, slots.layout, part.counts, *scores, part.sinks, rope)
 
         queries = parts.Queries(view, q, counts, alibi_slopes, sinks)
-        if self._select is not None and window_size[0] < 0 and alibi_slopes is None:
-            call = selection_step.Call(name, slots, queries, scale, softcap, kernel)
-            out, lse = selection_step.attend(self._select, call)
+        # Where a window or a slope measures distances, all tokens are read and all must stay.
+        far = window_size[0] < 0 and alibi_slopes is None
+        whole, call = True, selection_step.Call(name, slots, queries, scale, softcap, rope, kernel)
+        if self._select is not None and far:
+            out, lse, whole, _ = selection_step.attend(self._select, call, separately=separately and q.shape[1] > 1)
         else:
             out, lse = parts.attend(slots.pool, slots.layout, queries, window_size[0], kernel)
-        # The tokens that a window or a slope measures distances to must all stay.
-        if self.policy is not None and window_size[0] < 0 and alibi_slopes is None and view.host_lengths.any():
-            seen = LayerView(slots, layer, q, lse, counts, scale, softcap, rotated=self.rotate, rope=rope)
+        if self.policy is not None and far and view.host_lengths.any():
+            of_all = (lambda: lse) if whole else lambda: call.attend_all()[1]
+            seen = LayerView(slots, layer, q, of_all, counts, scale, softcap, rotated=self.rotate, rope=rope)
             after_attention(name, self.policy, slots, seen)
         out = hadamard(out, inverse=True) if self.rotate else out
         return (out, lse) if return_lse else out

@@ -14,6 +14,8 @@ from torch import Tensor
 from lcore.cache.overflow import Folder
 from lcore.cache.session_file import write_session
 from lcore.cache.session_lock import SessionLock
+from lcore.cache.state_file import state_tensors
+from lcore.cache.states import StateCache, states_of
 from lcore.cache.stored_session import TOKENS, StoredSession, settings, slot_tensors, used_entries
 from lcore.errors import check_tensor, require, require_type
 
@@ -23,17 +25,19 @@ if TYPE_CHECKING:
 
 Path: TypeAlias = str | os.PathLike[str]
 Strings: TypeAlias = Mapping[str, str]
+_NO_PAGES = np.empty((0, 1), dtype=np.uint8), np.empty(0, dtype=np.int32)
 
 
 def save(
-    cache: PagedCache,
+    cache: PagedCache | StateCache,
     path: Path,
     tokens: Sequence[Tensor] | None = None,
     metadata: Strings | None = None,
     *,
     lock: SessionLock | None = None,
 ) -> None:
-    """Writes a cache to one file: its pages as they are stored, tables, lengths and tails. This is `PagedCache.save`.
+    """Writes a cache to one file: its pages as they are stored, tables, lengths and tails; the states of recurrent
+    layers and their checkpoints. This is `PagedCache.save`.
 
     The file appears whole or not at all: it is written beside its place, synced, and renamed over an older one. It is a
     safetensors container, described in `session_file.py`.
@@ -47,7 +51,30 @@ def save(
     Raises: BlockingIOError: another process or thread reads or writes the file. OSError: it cannot be written; an older
         one is as it was. ValueError, TypeError: tokens or metadata.
     """
-    name = "PagedCache.save"
+    name = f"{type(cache).__name__}.save"
+    metadata = dict(metadata or {})
+    for key, value in metadata.items():
+        require_type(isinstance(key, str) and isinstance(value, str), name, "metadata", "hold strings", (key, value))
+    states = states_of(cache)
+    tensors = {} if states is None else state_tensors(states)
+    if tokens is not None:
+        _check_tokens(name, cache, tokens)
+        tensors |= {f"{TOKENS}{row}": ids.to(torch.int64) for row, ids in enumerate(tokens)}
+    strings = {"settings": json.dumps(settings(cache)), "metadata": json.dumps(metadata)}
+    slots = None if isinstance(cache, StateCache) else _savable(name, cache)
+    held = SessionLock(name, path) if lock is None else lock
+    try:
+        if slots is None:
+            write_session(name, held.path, strings, *_NO_PAGES, tensors)
+        else:
+            _write_pages(name, held.path, strings, slots, tensors)
+    finally:
+        if lock is None:
+            held.release()
+
+
+def _savable(name: str, cache: PagedCache) -> Slots:
+    """The slots, once it is known that a file can hold all that they know."""
     slots = cache._open(name)
     if slots.scores.nbytes > 0:
         raise NotImplementedError(
@@ -58,27 +85,19 @@ def save(
             f"lcore.{name}: a file does not hold the attention that {type(cache.select).__name__} has observed; "
             "use lcore.selection.Quest or select=None"
         )
-    metadata = dict(metadata or {})
-    for key, value in metadata.items():
-        require_type(isinstance(key, str) and isinstance(value, str), name, "metadata", "hold strings", (key, value))
-    tensors = _copies(slots)
-    if tokens is not None:
-        _check_tokens(name, cache, tokens)
-        tensors |= {f"{TOKENS}{row}": ids.to(torch.int64) for row, ids in enumerate(tokens)}
-    strings = {"settings": json.dumps(settings(cache)), "metadata": json.dumps(metadata)}
-    held = SessionLock(name, path) if lock is None else lock
-    try:
-        # Pages that the cache holds are never written again, and this tensor outlives a pool that grows meanwhile.
-        pool = slots.pool.data.numpy()
-        used = used_entries(slots.host.table, slots.entries())
-        ids, dense = np.unique(slots.host.table[used], return_inverse=True)
-        table = np.zeros((*used.shape[:-1], int(slots.entries().max(initial=0))), dtype=np.int32)
-        table[used[..., : table.shape[-1]]] = dense
-        tensors["table"] = torch.from_numpy(table)
-        write_session(name, held.path, strings, pool, ids, tensors, slots.pool.using)
-    finally:
-        if lock is None:
-            held.release()
+    return slots
+
+
+def _write_pages(name: str, path: str, strings: Strings, slots: Slots, tensors: dict[str, Tensor]) -> None:
+    # Pages that the cache holds are never written again, and this tensor outlives a pool that grows meanwhile.
+    pool = slots.pool.data.numpy()
+    tensors |= _copies(slots)
+    used = used_entries(slots.host.table, slots.entries())
+    ids, dense = np.unique(slots.host.table[used], return_inverse=True)
+    table = np.zeros((*used.shape[:-1], int(slots.entries().max(initial=0))), dtype=np.int32)
+    table[used[..., : table.shape[-1]]] = dense
+    tensors["table"] = torch.from_numpy(table)
+    write_session(name, path, strings, pool, ids, tensors, slots.pool.using)
 
 
 def load(
@@ -110,7 +129,7 @@ def _copies(slots: Slots) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_tokens(name: str, cache: PagedCache, tokens: Sequence[Tensor]) -> None:
+def _check_tokens(name: str, cache: PagedCache | StateCache, tokens: Sequence[Tensor]) -> None:
     rows = cache.batch_size
     require(len(tokens) == rows, name, "tokens", f"have an entry for each of the {rows} rows", len(tokens))
     for row, ids in enumerate(tokens):

@@ -154,19 +154,6 @@ class Slots:
         columns[between(before - first, after - first, last - first)] = ids
         return ids
 
-    def hold(self, pages: Sequence[Ids]) -> None:
-        """Begins row b, still empty, with the full pages `pages[b]` (n, layers * kv_heads): one reference more each."""
-        layers, _, heads = self.lengths.shape
-        with self.pool.lock:
-            self.pool.allocator.retain(np.concatenate([held.ravel() for held in pages]))
-            for row, held in enumerate(pages):
-                self.host.table[:, row, :, : len(held)] = held.reshape(-1, layers, heads).transpose(1, 2, 0)
-                self.lengths[:, row] = self.seen[:, row] = len(held) * self.layout.page_size
-
-    def row_pages(self, row: int, count: int) -> Ids:
-        """The first `count` pages of a row, as `hold` takes them."""
-        return np.ascontiguousarray(self.host.table[:, row, :, :count].transpose(2, 0, 1)).reshape(count, -1)
-
     def fork(self, function: str) -> Slots:
         """A copy that shares the full pages: one reference more for each."""
         with self.pool.lock:

@@ -20,6 +20,9 @@ from lcore.cache.overflow import Folder
 from lcore.cache.room import make_room
 from lcore.cache.session_file import SessionFile
 from lcore.cache.session_lock import SessionLock
+from lcore.cache.state_file import STATE, fill_states, misfit, state_settings
+from lcore.cache.state_places import LayerState
+from lcore.cache.states import StateCache, states_of
 from lcore.errors import dtype_name, message, require
 from lcore.positions import Rotation
 
@@ -58,12 +61,22 @@ class StoredSession:
             self.metadata: dict[str, str] = self._strings("metadata")
             rows = sorted((name for name in self._tensors if name.startswith(TOKENS)), key=lambda n: (len(n), n))
             self.tokens = [self._tensors.pop(name) for name in rows] or None
+            states = [name for name in self._tensors if name.startswith(STATE)]
+            self._states = {name: self._tensors.pop(name) for name in states}
             self._held = held.pop_all()
 
     @property
     def lengths(self) -> Tensor:
         """(layers, batch, kv_heads) int32: tokens held, once `check` has found them."""
         return self._tensors["lengths"]
+
+    def place_before(self, row: int, n: int) -> int:
+        """The most tokens, n or fewer, of a row after which the file holds the states; of a cache without states n."""
+        if not self._states:
+            return n
+        rows, places, seen = (self._states[f"{STATE}{name}"] for name in ("rows", "places", "seen"))
+        known = [0, int(seen[row]), *places[rows == row].tolist()]
+        return max(place for place in known if place <= n)
 
     def require_same(self, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
         """ValueError with the first entry of `wanted` that differs from that of `found`, and both values."""
@@ -84,17 +97,53 @@ class StoredSession:
             options["dtype"] = getattr(torch, options["dtype"])
             if isinstance(options["kv_format"], list):
                 options["kv_format"] = tuple(options["kv_format"])
-            cache = (cls or PagedCache)(**options, max_bytes=max_bytes, overflow=overflow)
+            kind: Any = cls or PagedCache
+            cache: PagedCache = kind(*self._new_states(cls), **options, max_bytes=max_bytes, overflow=overflow)
         except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
             raise self._file.refusal("have the settings of a cache of this version", error) from error
         self.fill(cache)
         return cache
 
-    def fill(self, cache: PagedCache) -> None:
+    def load_states(self) -> StateCache:
+        """As `load`, for a file of states alone."""
+        try:
+            [states] = self._new_states(StateCache)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._file.refusal("have the settings of a StateCache of this version", error) from error
+        self.fill(states)
+        return states
+
+    def _new_states(self, cls: type | None) -> tuple[StateCache, ...]:
+        """Zeros of the shapes that the settings tell, for a class of caches that has states."""
+        from lcore.cache.hybrid import HybridCache  # which imports this module
+
+        if cls is None or not issubclass(cls, (StateCache, HybridCache)):
+            return ()
+
+        def zeros(name: str) -> Tensor:
+            dtype, shape = self.settings[name].split(" ", 1)
+            return torch.zeros((self.settings["batch_size"], *json.loads(shape)), dtype=getattr(torch, dtype))
+
+        count = range(self.settings["states.num_layers"])
+        layers = [LayerState(*(zeros(f"states.{layer}.{name}") for name in LayerState._fields)) for layer in count]
+        return (StateCache(layers),)
+
+    def fill(self, cache: PagedCache | StateCache) -> None:
         """Puts all that the file holds into a cache of the same settings that holds nothing."""
+        if isinstance(cache, StateCache):
+            require(not cache.seen().any(), self.function, "cache", "hold no tokens", "some")
+            self.check(cache)
+        else:
+            self._fill_pages(cache)
+        states = states_of(cache)
+        if states is not None:
+            fill_states(states, self._states)
+
+    def _fill_pages(self, cache: PagedCache) -> None:
         slots, pool = cache._open(self.function), cache._open(self.function).pool
         require(not slots.lengths.any(), self.function, "cache", "hold no tokens", "some")
         used = self.check(cache)
+        assert used is not None
         count, named = self._file.page_shape[0], self._tensors["table"].numpy()[used]
         with pool.lock:
             make_room(self.function, slots, used.shape[-1], count, exact=True)
@@ -128,9 +177,16 @@ class StoredSession:
             raise self._file.refusal(f"have {name} by name", type(values).__name__)
         return values
 
-    def check(self, cache: PagedCache) -> NDArray[np.bool_]:
-        """Which entries of the table name pages; ValueError unless all but the pages fits such a cache."""
+    def check(self, cache: PagedCache | StateCache) -> NDArray[np.bool_] | None:
+        """Which entries of the table name pages, where there are pages; ValueError unless all but the pages fits."""
         self.require_same(self.settings, settings(cache), "cache.")
+        states = states_of(cache)
+        wrong = misfit(states, self._states) if states is not None else ", ".join(sorted(self._states))
+        if wrong:
+            raise self._file.refusal(f"hold the states of a {type(cache).__name__} and no others", wrong)
+        return None if isinstance(cache, StateCache) else self._check_pages(cache)
+
+    def _check_pages(self, cache: PagedCache) -> NDArray[np.bool_]:
         slots = cache._open(self.function)
         own, refusal = slot_tensors(slots), self._file.refusal
         if set(own) != set(self._tensors):
@@ -154,8 +210,14 @@ class StoredSession:
         return used
 
 
-def settings(cache: PagedCache) -> dict[str, Any]:
+def settings(cache: PagedCache | StateCache) -> dict[str, Any]:
     """What a cache is made with, and what its pages look like, in JSON's types."""
+    states = states_of(cache)
+    shapes = {} if states is None else state_settings(states)
+    return shapes if isinstance(cache, StateCache) else shapes | _page_settings(cache)
+
+
+def _page_settings(cache: PagedCache) -> dict[str, Any]:
     layout = cache._open("PagedCache.save").layout
     values = {name: getattr(cache, name) for name in OPTIONS}
     values |= {f"page.{field.name}": getattr(layout, field.name) for field in fields(layout) if field.name != "plain"}

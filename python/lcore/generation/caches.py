@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lcore.cache import PagedCache, PrefixCache, StateCache
+from lcore.cache import PagedCache, PrefixCache
 from lcore.cache.overflow import Folder, overflow_folder
 from lcore.cache.policies import Policy
 from lcore.cache.selection import Selection
 from lcore.cache.selection.base import check_selection
+from lcore.cache.states import CHECKPOINT_TOKENS
 from lcore.errors import require, require_type
 from lcore.generation.memory import free_bytes, reserve, workspace_bytes
 from lcore.generation.planner import context_room, model_planner
 from lcore.generation.reuse import Reuse
 from lcore.generation.sampling import check_int
+from lcore.models.causal_lm import cache_kind
 
 if TYPE_CHECKING:
     from lcore.models import Decoder
@@ -44,7 +46,7 @@ class Caches:
     ) -> None:
         is_policy = policy is None or isinstance(policy, Policy)
         require_type(is_policy, "Generator", "policy", "be an lcore.policies.Policy or None", repr(policy))
-        check_selection("Generator", select, policy)
+        check_selection("Generator", select)
         known = isinstance(prefix_reuse, (bool, PrefixCache))
         require_type(known, "Generator", "prefix_reuse", "be a bool or a PrefixCache", repr(prefix_reuse))
         self.model, self.kv_format, self.prefill_chunk, self.logits = model, kv_format, prefill_chunk, logits
@@ -71,6 +73,8 @@ class Caches:
         """An empty cache whose pages are its own."""
         select = {} if self.select is None else {"select": self.select}
         options = {"kv_format": self.kv_format, **self._limits, **options, **select, **self._plain}
+        if self._kind == "HybridCache":
+            options["checkpoint_every"] = CHECKPOINT_TOKENS
         return self.model.new_cache(rows, **options)
 
     def for_prompts(self, prompts: list[Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
@@ -85,8 +89,7 @@ class Caches:
 
     def make_room(self, cache: PagedCache, new_tokens: list[int]) -> None:
         """Room for `new_tokens[row]` more tokens in each row, and for the context asked for, if memory has it."""
-        paged = not isinstance(cache, StateCache)
-        require_type(paged, "Generator", "cache", "be a PagedCache, as the model's new_cache() makes it", "StateCache")
+        self._check_kind(cache)
         model, rows = self.model, len(new_tokens)
         if self.context is not None and not cache.seen().any():
             planner = model_planner(model, rows, self.prefill_chunk, overflow=cache.overflow, **self._plain)
@@ -98,9 +101,17 @@ class Caches:
             make_free = partial(self.prefixes.make_free, cache)
         reserve(cache, new_tokens, workspace, free_bytes(model.device), chunk, make_free)
 
+    @property
+    def _kind(self) -> str:
+        return getattr(self.model, "cache_kind", "PagedCache")
+
+    def _check_kind(self, cache: PagedCache) -> None:
+        kind, rule = cache_kind(cache), f"be a {self._kind}, as the model's new_cache() makes it"
+        require_type(kind == self._kind, "Generator", "cache", rule, kind)
+
     def _for_prompts(self, prompts: list[Tensor], max_new_tokens: int) -> tuple[PagedCache, Reuse | None]:
         as_read = self.select is None or not (self.select.prefill or self.select.observes)
-        shared = self.prefixes is not None and self.policy is None and as_read and not self._plain
+        shared = self.prefixes is not None and self.policy is None and as_read
         # A cache that begins in the pool of prefixes has the limits of that.
         limits = {"max_bytes": None, "overflow": None} if shared and self._limits else {}
         cache = self.alone(len(prompts), policy=self.policy, **limits)

@@ -16,34 +16,34 @@ from lcore.cache.selection import Selection
 from lcore.errors import require
 from lcore.generation.caches import Caches
 from lcore.generation.events import Completion, Done, Event, Token
-from lcore.generation.loop import Loop, Row
+from lcore.generation.loop import Loop
 from lcore.generation.progress import show_prefill
 from lcore.generation.prompts import Prompt, check_stops, encode_prompts, is_batch
 from lcore.generation.resume import Session
+from lcore.generation.row import Row
 from lcore.generation.sampling import Sampling, check_int
-from lcore.generation.speculation import Speculate, Speculation, speculation_of
+from lcore.generation.speculation import NO_PAGES, Speculate, Speculation, speculation_of
 from lcore.generation.states import StateCaches
 from lcore.generation.text import CONTEXT, TextStream
-from lcore.models.mamba import MambaDecoder
 
 if TYPE_CHECKING:
-    from lcore.models import Decoder
+    from lcore.models import Decoder, HybridDecoder, MambaDecoder
 
 
 class Generator:
     """Generates text with a model over a paged cache.
 
-    model:          a decoder as `lcore.load_model` returns it. A MambaDecoder has a StateCache, of the settings
-                    below only prefill_chunk, and no session.
+    model:          a decoder as `lcore.load_model` returns it. A MambaDecoder has a StateCache, and of the settings
+                    below those alone that are not about pages: prefill_chunk, prefix_reuse and speculate.
     kv_format:      format of its caches ("fp32", "fp16", "bf16", or a (k, v) pair); None is the model's dtype.
     prefill_chunk:  prompt tokens read at a time; chunks end at absolute multiples of it, also in a continued cache.
     policy:         which tokens its caches keep, one of `lcore.policies` or one's own; None keeps all. After the prompt
                     the pool shrinks to what is left. A cache that is continued keeps the policy that it was made with.
                     With reindex=True caches hold keys before RoPE, and positions are places in them.
-    select:         which pages its caches read, one of `lcore.selection` or one's own; None reads all. Not with a
-                    policy, nor with speculate: a step that judges drafts reads pages for all of them together.
-    skip_layers, fp_prefix: layers, and first tokens of every layer, that are not coded; as PagedCache. Pages of such
-                    caches are not shared by prefix_reuse.
+    select:         which pages its caches read, one of `lcore.selection` or one's own; None reads all. With speculate
+                    each draft is judged over the pages that it would read as a token, and the text is the same; not
+                    for a selection that observes attention, of which refused drafts would leave their part.
+    skip_layers, fp_prefix: layers, and first tokens of every layer, that are not coded; as PagedCache.
     context:        tokens a row for which a new cache makes room at once; "auto" is as many as fit into free memory,
                     at most config.max_position_embeddings; None is as many as a call needs.
     prefix_reuse:   whether a prompt that begins as one before is read from where they differ, a page's length exactly;
@@ -66,7 +66,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Decoder | MambaDecoder,
+        model: Decoder | HybridDecoder | MambaDecoder,
         kv_format: str | tuple[str, str] | None = None,
         prefill_chunk: int = 2048,
         policy: Policy | None = None,
@@ -86,9 +86,10 @@ class Generator:
         self.speculate = speculation_of(speculate)
         rule = "be None with a policy, which may drop what a refused draft must give back"
         require(self.speculate is None or policy is None, "Generator", "speculate", rule, repr(speculate))
-        rule = "be None with a selection, which reads other pages for several tokens than for one"
-        require(self.speculate is None or select is None, "Generator", "speculate", rule, repr(speculate))
-        caches: Any = StateCaches if isinstance(model, MambaDecoder) else Caches
+        rule = "be None with a selection that observes attention, of which refused drafts would leave their part"
+        observes = getattr(select, "observes", False)
+        require(self.speculate is None or not observes, "Generator", "speculate", rule, repr(speculate))
+        caches: Any = StateCaches if getattr(model, "cache_kind", None) == "StateCache" else Caches
         self._caches: Caches = caches(
             model,
             kv_format,
@@ -236,7 +237,7 @@ class Generator:
         if self.speculate is None:
             return None
         drafter = self.speculate.begin(self.model, cache, sampling)
-        return Speculation(drafter, self.speculate.most, cache.batch_size, cache.page_size)
+        return Speculation(drafter, self.speculate.most, cache.batch_size, getattr(cache, "page_size", NO_PAGES))
 
     def _warn_beyond_training(self, length: int) -> None:
         limit = self.model.config.max_position_embeddings

@@ -4,46 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from lcore.cache import states_of
 from lcore.generation.events import Done, Event, Prefill, Reason, Stats, Token
 from lcore.generation.memory import peak_bytes
 from lcore.generation.progress import Clock, causal_pairs
-from lcore.generation.rows import active_rows
+from lcore.generation.row import Row
+from lcore.generation.rows import JudgedApart, active_rows
 from lcore.generation.sampling import Sampling, sample
-from lcore.generation.text import TextStream
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.generation.speculation import Speculation
     from lcore.models import Decoder
-
-
-@dataclass
-class Row:
-    """One sequence of the batch."""
-
-    index: int
-    prompt: torch.Tensor  # (tokens,) int64
-    position: int  # of the next token that is not certain, or not in the cache
-    text: TextStream
-    known: int = 0  # tokens of the cache that the caller knows of: not those of tokens that have not been yielded yet
-    read: int = 0  # tokens of the prompt that the cache holds
-    reused: int = 0  # those of them that it held from the start
-    written: list[int] = field(default_factory=list)  # tokens generated
-    logits: torch.Tensor | None = None  # (1 + drafts, vocab) float32, of the tokens from `position` on
-    drafts: list[int] = field(default_factory=list)  # in the cache, from `position` on, and not judged yet
-    next: int | None = None  # the token at `position`, when it is certain
-    drafted: int = 0
-    accepted: int = 0
-    reason: Reason | None = None
-
-    @property
-    def left(self) -> int:
-        return len(self.prompt) - self.read
 
 
 class Loop:
@@ -65,6 +41,7 @@ class Loop:
     ) -> None:
         self._model = model
         self._cache = cache
+        self._states = states_of(cache)
         self._rows = rows
         self._chunk = prefill_chunk
         self._max_new_tokens = max_new_tokens
@@ -116,10 +93,13 @@ class Loop:
     def _next_step(self) -> list[tuple[Row, int]]:
         """The rows to read next and how many tokens of each, with padding at most prefill_chunk tokens together.
 
-        Chunks end at absolute multiples of prefill_chunk: a prompt read in two calls is cut as if it were read in one.
+        Chunks end at absolute multiples of prefill_chunk, and where recurrent states are kept: a prompt read in two
+        calls is cut as if it were read in one.
         Longest chunks first, so that rows which share a step have similar lengths and little padding.
         """
-        takes = [(row, min(row.left, self._chunk - row.position % self._chunk)) for row in self._rows if row.left]
+        every = self._chunk if self._states is None else self._states.checkpoint_every or self._chunk
+        ends = (self._chunk, every)
+        takes = [(row, min(row.left, *(n - row.position % n for n in ends))) for row in self._rows if row.left]
         takes.sort(key=lambda step: -step[1])
         step = takes[: max(1, self._chunk // takes[0][1])] if takes else []
         return sorted(step, key=lambda step: step[0].index)
@@ -146,7 +126,7 @@ class Loop:
             if step:
                 self._draft([row for row in step if row.reason is None])
                 fed = {row.index: torch.tensor([row.next, *row.drafts]) for row in step}
-                logits = self._forward(fed, last_only=not any(row.drafts for row in step))
+                logits = self._forward(fed, judges=any(row.drafts for row in step))
                 for row in step:
                     row.position += 1
                     row.logits = logits[row.index]
@@ -233,18 +213,22 @@ class Loop:
         )
         return Done(reason, stats, row.index)
 
-    def _forward(self, tokens: dict[int, torch.Tensor], *, last_only: bool = True) -> dict[int, torch.Tensor]:
-        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or
-        (tokens, vocab) after every one."""
+    def _forward(self, tokens: dict[int, torch.Tensor], *, judges: bool = False) -> dict[int, torch.Tensor]:
+        """Feeds rows their tokens, right-padded; returns each row's float32 logits, (1, vocab) after its last token or,
+        where it judges drafts, (tokens, vocab) after every one."""
+        if self._states is not None:
+            self._states.every_token = judges  # drafts among them may be taken back
         index, parts = list(tokens), list(tokens.values())
         lengths = torch.tensor([len(part) for part in parts])
         padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
         cache = self._cache if len(index) == len(self._rows) else active_rows(self._cache, index)
+        if judges and self._cache.select is not None:
+            cache = JudgedApart(cache)
         ragged = int(lengths.min()) < padded.shape[1]
         try:
             with torch.no_grad():
                 logits = self._model(
-                    padded.to(self._model.device), cache, last_only=last_only, lengths=lengths if ragged else None
+                    padded.to(self._model.device), cache, last_only=not judges, lengths=lengths if ragged else None
                 )
         except BaseException:
             # Some layers may hold tokens of this step and some not: back to where the step began.
@@ -253,4 +237,7 @@ class Loop:
             except ValueError:  # a layer has evicted tokens of this step: the layers cannot be brought together again
                 self._cache.close()
             raise
-        return {row: x if last_only else x[: len(part)] for row, x, part in zip(index, logits, parts, strict=True)}
+        finally:
+            if self._states is not None:
+                self._states.every_token = False
+        return {row: x[: len(part)] if judges else x for row, x, part in zip(index, logits, parts, strict=True)}

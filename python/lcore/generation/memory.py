@@ -13,7 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
-    from lcore.models import ModelConfig
+    from lcore.models.families import AnyConfig
 
 # The page tables, the allocator's rounding and what Python itself makes meanwhile.
 SPARE_BYTES = 64 << 20
@@ -74,16 +74,18 @@ def _group_free(folder: Path, limit: str, usage: str, prefix: str) -> int | None
     return max(0, maximum - used + cached)
 
 
-def workspace_bytes(config: ModelConfig, tokens: int, rows: int, itemsize: int, logits: int = 1) -> int:
+def workspace_bytes(config: AnyConfig, tokens: int, rows: int, itemsize: int, logits: int = 1) -> int:
     """What one step of `tokens` tokens holds beside the cache of `rows` rows: the activations of one layer, and logits.
 
     Six hidden-size vectors a token (residual, norm, attention and MLP in and out), q, k, v before and after RoPE, gate,
-    up and their product in the MLP; the attention's output once for every row of the batch, as long as the longest;
-    logits of so many tokens of a row and their copy in float32; SPARE_BYTES for what is not a tensor.
+    up and their product in the MLP; what a recurrent layer's block computes; the attention's output once for every row
+    of the batch, as long as the longest; logits of so many tokens of a row and their copy in float32; SPARE_BYTES for
+    what is not a tensor.
     """
     heads = config.num_heads * config.head_dim
     attention = 2 * (heads + 2 * config.num_kv_heads * config.head_dim)
     per_token = 6 * config.hidden_size + attention + 3 * config.intermediate_size
+    per_token += getattr(config, "recurrent_values", 0)
     activations = (tokens * per_token + rows * tokens * heads) * itemsize
     return activations + 2 * rows * logits * config.vocab_size * 4 + SPARE_BYTES
 

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import psutil
 import torch
-from rich.box import SIMPLE
-from rich.console import Group
-from rich.table import Table
 
-from lcore.cache import PagedCache
+from lcore.cache import PagedCache, StateCache, states_of
 from lcore.cache.checks import MAX_TOKENS
 from lcore.cache.formats import FORMATS, is_coded
+from lcore.cache.states import CHECKPOINT_TOKENS
 from lcore.errors import dtype_name, require
 from lcore.generation.memory import free_bytes, workspace_bytes
-from lcore.models.loading import open_decoder
+from lcore.models.loading import open_checkpoint
 
 if TYPE_CHECKING:
-    from lcore.models import Decoder, ModelConfig
+    from lcore.models.families import AnyConfig
 
 KvFormat: TypeAlias = str | tuple[str, str] | None  # None is the model's own
 
@@ -55,8 +53,8 @@ class Plan:
     """Bytes that a context of `context` tokens in each of `batch` rows needs beside what is `free`.
 
     weights: that are not in memory yet. workspace: of one step that reads `chunk` tokens. In every format the pages,
-    tails and tables are what `PagedCache.stats` counts after `reserve(context)`. disk: what is free for pages in a
-    file; None where they are in memory.
+    tails and tables are what `PagedCache.stats` counts after `reserve(context)`. states: of recurrent layers, with
+    the checkpoints that a Generator keeps. disk: what is free for pages in a file; None where they are in memory.
     """
 
     context: int
@@ -65,6 +63,7 @@ class Plan:
     dtype: str
     weights: int
     workspace: int
+    states: int
     free: int
     disk: int | None
     formats: list[FormatPlan]
@@ -73,16 +72,16 @@ class Plan:
 class Planner:
     """Plans for one model: its config, its dtype, the weight bytes that still have to come into memory, what is free.
 
-    new_cache makes an empty cache of a format; its own sizes are what is planned with. overflow: the folder of the file
-    that pages are in, as for `PagedCache`.
+    new_cache makes an empty cache of a format; its own sizes are what is planned with. A cache of states alone has the
+    one format "none". overflow: the folder of the file that pages are in, as for `PagedCache`.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: AnyConfig,
         dtype: torch.dtype,
         weights: int,
-        new_cache: Callable[[KvFormat], PagedCache],
+        new_cache: Callable[[KvFormat], PagedCache | StateCache],
         *,
         batch: int = 1,
         prefill_chunk: int = 2048,
@@ -99,16 +98,15 @@ class Planner:
     def plan(self, context: int, formats: Sequence[KvFormat] = tuple(FORMATS)) -> Plan:
         """The plan for `context` tokens a row, with a FormatPlan for each of `formats`."""
         require(1 <= context <= MAX_TOKENS, "plan", "context", f"be in 1 .. {MAX_TOKENS}", context)
-        rows = []
-        for kv_format in formats:
-            cache = self._new_cache(kv_format)
-            pages, rest = cache_bytes(cache, context)
+        rows, caches = [], [self._new_cache(kv_format) for kv_format in formats]
+        for cache in caches[:1] if isinstance(caches[0], StateCache) else caches:
+            pages, rest, states = cache_bytes(cache, context)
             needed, left = self._needed_and_left(cache, context)
-            rows.append(FormatPlan(_name(cache.kv_format), pages, rest, needed, left, self._longest(cache)))
+            rows.append(FormatPlan(_name(cache), pages, rest, needed, left, self._longest(cache)))
         chunk = min(self._chunk, context)
         workspace = self._workspace(context)
         dtype = dtype_name(self._dtype)
-        return Plan(context, self._batch, chunk, dtype, self._weights, workspace, self.free, self.disk, rows)
+        return Plan(context, self._batch, chunk, dtype, self._weights, workspace, states, self.free, self.disk, rows)
 
     def longest(self, kv_format: KvFormat) -> int:
         """Tokens a row that fit; 0 when not even one does."""
@@ -133,16 +131,16 @@ class Planner:
             "tokens with this one"
         )
 
-    def _longest(self, cache: PagedCache) -> int:
+    def _longest(self, cache: PagedCache | StateCache) -> int:
         def missing(tokens: int) -> bool:
             return self._needed_and_left(cache, tokens)[1] < 0
 
         # The first context that does not fit, searched among 1, 2, ...
         return bisect.bisect_left(range(1, MAX_TOKENS), True, key=missing)
 
-    def _needed_and_left(self, cache: PagedCache, context: int) -> tuple[int, int]:
-        pages, rest = cache_bytes(cache, context)
-        needed = self._weights + self._workspace(context) + rest
+    def _needed_and_left(self, cache: PagedCache | StateCache, context: int) -> tuple[int, int]:
+        pages, rest, states = cache_bytes(cache, context)
+        needed = self._weights + self._workspace(context) + rest + states
         if self.disk is None:
             return needed + pages, self.free - needed - pages
         return needed, min(self.free - needed, self.disk - pages)
@@ -152,16 +150,23 @@ class Planner:
         return workspace_bytes(self.config, chunk, self._batch, self._dtype.itemsize)
 
 
-def cache_bytes(cache: PagedCache, tokens: int) -> tuple[int, int]:
-    """Bytes of an empty cache after `reserve(tokens)`: of its pages, and of its tails, tables and lengths."""
+def cache_bytes(cache: PagedCache | StateCache, tokens: int) -> tuple[int, int, int]:
+    """Bytes of an empty cache after `reserve(tokens)`: of its pages, of its tails, tables and lengths, and of states
+    with their checkpoints."""
+    states = states_of(cache)
+    one = 0 if states is None else states.stats()["bytes"]
+    kept = 0 if states is None else min(tokens // (states.checkpoint_every or tokens + 1), states.max_checkpoints)
+    held = one * (1 + kept)
+    if isinstance(cache, StateCache):
+        return 0, 0, held
     stats = cache.stats()
     pages = cache.pages_for([tokens] * cache.batch_size)
-    rest = int(stats["bytes"]) - int(stats["pool_bytes"]) + pages * torch.int32.itemsize
-    return pages * int(stats["page_bytes"]), rest
+    rest = int(stats["bytes"]) - int(stats["pool_bytes"]) - one + pages * torch.int32.itemsize
+    return pages * int(stats["page_bytes"]), rest, held
 
 
 def model_planner(
-    model: Decoder, batch: int, prefill_chunk: int, free: int | None = None, overflow: str | None = None, **plain: Any
+    model: Any, batch: int, prefill_chunk: int, free: int | None = None, overflow: str | None = None, **plain: Any
 ) -> Planner:
     """For a model that is loaded: weights that are mapped from files have still to come into memory.
 
@@ -172,7 +177,9 @@ def model_planner(
         model.config,
         model.dtype,
         mapped,
-        lambda kv_format: model.new_cache(batch, kv_format=kv_format, **(plain if is_coded(kv_format) else {})),
+        lambda kv_format: model.new_cache(
+            batch, kv_format=kv_format, **(plain if is_coded(kv_format) else {}), **_checkpoints(model)
+        ),
         batch=batch,
         prefill_chunk=prefill_chunk,
         free=free,
@@ -184,16 +191,17 @@ def folder_planner(
     folder: Path, dtype: torch.dtype | None, batch: int, prefill_chunk: int, overflow: str | None = None
 ) -> Planner:
     """For a checkpoint folder, of which only the headers are read."""
-    model, checkpoint = open_decoder(folder)
-    config, stored = model.config, checkpoint.dtypes[model.embedding_name] if dtype is None else dtype
+    model, checkpoint = open_checkpoint(folder)
+    stored = checkpoint.dtypes[model.embedding_name] if dtype is None else dtype
     weights = sum(parameter.numel() for parameter in model.parameters()) * stored.itemsize
+    sized: Any = model.to(stored)
 
-    def new_cache(kv_format: KvFormat) -> PagedCache:
-        sizes = (config.num_layers, config.num_kv_heads, config.head_dim)
-        return PagedCache(*sizes, batch_size=batch, dtype=stored, kv_format=kv_format or "bf16")
+    def new_cache(kv_format: KvFormat) -> PagedCache | StateCache:
+        options = {} if sized.cache_kind == "StateCache" else {"kv_format": kv_format, "device": "cpu"}
+        return sized.new_cache(batch, **options, **_checkpoints(sized))
 
     sizes = {"batch": batch, "prefill_chunk": prefill_chunk}
-    return Planner(config, stored, weights, new_cache, **sizes, overflow=overflow)
+    return Planner(model.config, stored, weights, new_cache, **sizes, overflow=overflow)
 
 
 def mapped_bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -219,32 +227,11 @@ def context_room(planner: Planner, context: int | Literal["auto"], kv_format: Kv
     return context
 
 
-def plan_table(plan: Plan) -> Group:
-    """The plan for a terminal."""
-    rows = "" if plan.batch == 1 else f" in each of {plan.batch} rows"
-    items = (
-        f"{plan.context:,} tokens{rows}, {_size(plan.free)} free\n"
-        f"weights {_size(plan.weights)} ({plan.dtype}), workspace {_size(plan.workspace)} "
-        f"({plan.chunk:,} tokens at a time)"
-        + ("" if plan.disk is None else f", pages on disk, {_size(plan.disk)} free")
-    )
-    table = Table(box=SIMPLE)
-    table.add_column("kv_format", no_wrap=True)
-    for name in ("pages", "tails, tables", "with all", "left", "longest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in plan.formats:
-        sizes = (row.pages, row.tails_and_tables, row.needed, row.left)
-        table.add_row(row.kv_format, *map(_size, sizes), f"{row.longest:,}", style=None if row.fits else "red")
-    return Group(items, table)
+def _checkpoints(model: Any) -> dict[str, int]:
+    """As a Generator makes the caches of a model."""
+    return {} if getattr(model, "cache_kind", "PagedCache") == "PagedCache" else {"checkpoint_every": CHECKPOINT_TOKENS}
 
 
-def _name(kv_format: tuple[str, str]) -> str:
-    """One name where K and V have the same."""
-    return ",".join(dict.fromkeys(kv_format))
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count} B"
+def _name(cache: PagedCache | StateCache) -> str:
+    """Of the format: one name where K and V have the same."""
+    return "none" if isinstance(cache, StateCache) else ",".join(dict.fromkeys(cache.kv_format))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lcore.cache import StoredSession
+from lcore.cache import StateCache, StoredSession
 from lcore.cache.session_lock import SessionLock
 from lcore.cache.sessions import save
 from lcore.errors import message
@@ -37,7 +37,11 @@ class Session:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], model: Decoder, cache: PagedCache, prompts: Sequence[torch.Tensor]
+        self,
+        path: str | os.PathLike[str],
+        model: Decoder,
+        cache: PagedCache | StateCache,
+        prompts: Sequence[torch.Tensor],
     ) -> None:
         self._cache, self._prompts = cache, prompts
         self._lock = SessionLock("Generator", path)
@@ -45,7 +49,7 @@ class Session:
         self.kept = self.held = [0] * len(prompts)
         try:
             self._fingerprint = {f"model.{name}": value for name, value in fingerprint(model).items()}
-            self._fingerprint["select"] = repr(cache.select)
+            self._fingerprint["select"] = repr(getattr(cache, "select", None))
             if os.path.exists(self._lock.path):
                 self._stored = StoredSession(path, function="Generator", lock=self._lock)
                 self._compare(self._stored)
@@ -107,9 +111,11 @@ class Session:
             )
         self.held = [len(tokens) for tokens in stored.tokens]
         shared = [_shared(*pair) for pair in zip(stored.tokens, self._prompts, strict=True)]
-        intact = (stored.lengths == torch.tensor(self.held)[None, :, None]).all(dim=2).all(dim=0).tolist()
-        rows = zip(self.held, shared, self._prompts, intact, strict=True)
-        self.kept = [self._kept(stored, *row) for row in rows]
+        intact = [True] * len(shared)
+        if not isinstance(self._cache, StateCache):
+            intact = (stored.lengths == torch.tensor(self.held)[None, :, None]).all(dim=2).all(dim=0).tolist()
+        rows = enumerate(zip(self.held, shared, self._prompts, intact, strict=True))
+        self.kept = [stored.place_before(row, self._kept(stored, *values)) for row, values in rows]
 
     def _kept(self, stored: StoredSession, held: int, shared: int, prompt: torch.Tensor, intact: bool) -> int:
         """How much of a row that holds `held` tokens, the first `shared` of them the prompt's, can be kept exactly."""
@@ -122,6 +128,8 @@ class Session:
         if not intact:
             rule = f"go on after the {held:,} tokens of the session file {stored.path}, of which some were evicted"
             raise ValueError(message("Generator", "prompt", rule, f"{shared:,} tokens in common with them"))
+        if isinstance(self._cache, StateCache):
+            return wanted
         page_size = self._cache.page_size
         in_tail = wanted >= held // page_size * page_size
         lossless = set(self._cache.kv_format) <= _LOSSLESS[self._cache.dtype]

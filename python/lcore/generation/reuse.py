@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcore.cache import PagedCache, PrefixCache
+from lcore.cache import PrefixCache, states_of
 
 if TYPE_CHECKING:
-    from lcore.generation.loop import Row
+    from lcore.generation.row import Row
     from lcore.models import Decoder
 
 # Formats that hold every value of a dtype: a key is the same in the tail and in its page.
@@ -25,20 +25,23 @@ class Reuse:
     The logits are the bits that they are without it. In a format that rounds, a token reads its own page from the tail,
     unrounded, as long as the page is not full: its keys depend on where chunks ended. Then written tokens, which came
     one by one, are not kept, and where chunks do not end with pages, only prompts cut alike share them. Nor are tokens
-    kept that were written under a selection.
+    kept that were written under a selection. Recurrent states round with every chunk: of their models, too, only
+    prompts that are cut alike share states, which stand where chunks end, and none of what was written.
     """
 
     def __init__(
         self,
         prefixes: PrefixCache,
         model: Decoder,
-        cache: PagedCache,
+        cache: Any,
         prompts: Sequence[torch.Tensor],
         prefill_chunk: int,
     ) -> None:
         self._prefixes, self._model, self._cache = prefixes, model, cache
-        self._exact = set(cache.kv_format) <= _EXACT[cache.dtype]
-        aligned = self._exact or prefill_chunk % cache.page_size == 0
+        self._exact, aligned = False, False
+        if states_of(cache) is None:
+            self._exact = set(cache.kv_format) <= _EXACT[cache.dtype]
+            aligned = self._exact or prefill_chunk % cache.page_size == 0
         self._state = _state(model)
         self._namespace = fingerprint(model) + (b"" if aligned else b"%d" % prefill_chunk)
         self.tokens = prefixes.start(cache, prompts, self._namespace)

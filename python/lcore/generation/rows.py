@@ -1,21 +1,37 @@
-"""Some rows of a cache as a cache of their own, so that rows which are done take no part in a step."""
+"""Some rows of a cache as a cache of their own, so that those which are done take no part; and rows judged apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcore.cache import StateCache
+from lcore.cache import StateCache, states_of
 
 if TYPE_CHECKING:
     from lcore.cache import PagedCache
     from lcore.positions import Rotation
 
 
+class JudgedApart:
+    """A cache, or some rows of one, whose queries each read the pages that they would read alone."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.batch_size: int = cache.batch_size
+        self.layer_rope, self.seen, self.append = cache.layer_rope, cache.seen, cache.append
+        self.states = states_of(cache)
+
+    def attend(self, layer: int, q: torch.Tensor, **options: Any) -> torch.Tensor:
+        out: torch.Tensor = self._cache.attend(layer, q, separately=True, **options)
+        return out
+
+
 class ActiveRows:
-    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append and attend.
+    """What a model needs of a PagedCache, for the rows `index`: batch_size, layer_rope, seen, append, attend and
+    states.
 
     The model computes these rows only. Their keys, values and queries go to the whole cache with length 0 for the other
     rows, whose part of the tensors is neither written nor read.
@@ -25,6 +41,11 @@ class ActiveRows:
         self._cache = cache
         self._index = torch.tensor(index)
         self.batch_size = len(index)
+
+    @cached_property
+    def states(self) -> StateCache | None:
+        whole = states_of(self._cache)
+        return None if whole is None else whole.rows(self._index)
 
     def layer_rope(self, layer: int) -> Rotation | None:
         return self._cache.layer_rope(layer)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
+from lcore.cache import StateCache, states_of
 from lcore.cache.checks import check_int
-from lcore.errors import require_type
+from lcore.errors import message, require_type
 from lcore.generation.memory import bytes_per_token
 from lcore.generation.rows import ActiveRows
 from lcore.generation.sampling import sample
@@ -57,6 +58,9 @@ class SelfSpeculation:
         require_type(self.view is None or callable(self.view), name, "view", "be callable or None", self.view)
 
     def begin(self, model: Decoder, cache: PagedCache, sampling: Sampling) -> SelfDrafter:
+        if isinstance(cache, StateCache):
+            rule = "be 'ngram' or None with a model of recurrent states, of which no part can be read alone"
+            raise NotImplementedError(message("Generator", "speculate", rule, repr(self)))
         # A fork needs tables and tails of its own: whether max_bytes has room for them is known now.
         cache.fork().close()
         return SelfDrafter(self, model, cache, sampling)
@@ -114,6 +118,7 @@ class RecentTokens:
         self._cache = cache
         self._left = window - 1
         self.batch_size = cache.batch_size
+        self.states = states_of(cache)
 
     def layer_rope(self, layer: int) -> Rotation | None:
         return self._cache.layer_rope(layer)

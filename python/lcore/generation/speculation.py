@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lcore.models import Decoder
 
 
+NO_PAGES = 1 << 62  # page_size of a cache of states, which can be cut back to any place of its last step
+
+
 class Drafter(Protocol):
     """Guesses tokens for the rows of one run. Rows are named by their index in the batch."""
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcore.cache import PagedCache, StateCache
+from lcore.cache import PagedCache, StateCache, states_of
 from lcore.errors import check_tensor, message, require, require_type
 from lcore.models.tokenizer import Tokenizer
 from lcore.nn import Linear
 
 if TYPE_CHECKING:
     from lcore.models.config import ModelConfig
+    from lcore.models.hybrid_config import HybridConfig
     from lcore.models.mamba_config import MambaConfig
 
 
@@ -21,8 +22,8 @@ class CausalLM(torch.nn.Module):
     """A causal language model, with the parameter names of Hugging Face checkpoints."""
 
     embedding_name: str  # of the parameter that the output projection may share
-    recurrent = False  # whether its cache is a StateCache
-    config: ModelConfig | MambaConfig
+    cache_kind = "PagedCache"  # or "StateCache", "HybridCache"
+    config: ModelConfig | MambaConfig | HybridConfig
     tokenizer: Tokenizer | None
     lm_head: Linear
 
@@ -61,9 +62,9 @@ class CausalLM(torch.nn.Module):
         check_tensor(owner, "tokens", tokens, dtypes=kinds, shape=("*", "*"), names="batch, seq", device=self.device)
         require(tokens.numel() > 0, owner, "tokens", "hold at least one token", tuple(tokens.shape))
         if cache is not None:
-            fits = isinstance(cache, StateCache) == self.recurrent
-            kind = "StateCache" if self.recurrent else "PagedCache"
-            require_type(fits, owner, "cache", f"be a {kind}, as new_cache() makes it", type(cache).__name__)
+            kind = cache_kind(cache)
+            rule = f"be a {self.cache_kind}, as new_cache() makes it"
+            require_type(kind == self.cache_kind, owner, "cache", rule, kind)
             rule = f"have batch_size = {tokens.shape[0]}, the rows of tokens"
             require(cache.batch_size == tokens.shape[0], owner, "cache", rule, cache.batch_size)
         if lengths is not None:
@@ -80,6 +81,12 @@ class CausalLM(torch.nn.Module):
             rule = f"be ids in 0 .. {vocab - 1} (vocab_size {vocab})"
             raise ValueError(message(owner, "tokens", rule, low if low < 0 else high))
         return tokens, lengths
+
+
+def cache_kind(cache: Any) -> str:
+    """Which of the three kinds a cache, or a view of one, is."""
+    states = states_of(cache)
+    return "PagedCache" if states is None else "StateCache" if states is cache else "HybridCache"
 
 
 def _last(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

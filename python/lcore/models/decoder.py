@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lcore.cache import PagedCache
-from lcore.errors import message
+from lcore.errors import message, require
 from lcore.models.causal_lm import CausalLM
 from lcore.models.config import ModelConfig
 from lcore.models.tokenizer import Tokenizer
@@ -71,6 +71,18 @@ class Backbone(torch.nn.Module):
         return self.norm(x)
 
 
+def kv_options(options: dict[str, Any], attention: list[Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Options of a PagedCache of some attention layers, with rope and kv_format as `Decoder.new_cache` has them."""
+    rope, kv_format = options.get("rope", getattr(options.get("policy"), "reindex", False)), options.get("kv_format")
+    if rope in (True, False):
+        rotaries = [layer.rotary for layer in attention] if rope else []
+        rule = "be False, as must reindex of a policy, in a model whose attention has no rotary positions"
+        require(not rope or any(rotaries), "new_cache", "rope", rule, rope)
+        rope = [None if rotary is None else rotary.rotation for rotary in rotaries] or None
+    options = {"device": attention[0].o_proj.weight.device} | options
+    return options | {"rope": rope, "kv_format": kv_format or _KV_FORMATS.get(dtype, "fp32")}
+
+
 class Decoder(CausalLM):
     """A causal language model; `load_model` reads one from a folder, `Decoder(config)` starts one at random.
 
@@ -109,20 +121,14 @@ class Decoder(CausalLM):
         Options as `lcore.PagedCache`; rope=True holds keys before RoPE, to be read with this model's rotations, and is
         the default for a policy with reindex=True.
         """
-        config = self.config
-        if options.setdefault("rope", getattr(options.get("policy"), "reindex", False)) in (True, False):
-            layers: Any = self.model.layers
-            options["rope"] = [layer.self_attn.rotary.rotation for layer in layers] if options["rope"] else None
-        options.setdefault("kv_format", None)
-        if options["kv_format"] is None:
-            options["kv_format"] = _KV_FORMATS.get(self.dtype, "fp32")
+        config, layers = self.config, list(self.model.layers)
+        options = kv_options(options, [layer.self_attn for layer in layers], self.dtype)
         return PagedCache(
             config.num_layers,
             config.num_kv_heads,
             config.head_dim,
             batch_size=batch_size,
             dtype=self.dtype,
-            device=self.device,
             **options,
         )
 

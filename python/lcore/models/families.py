@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from lcore.errors import message, require
 from lcore.models.config import FAMILIES, ModelConfig
+from lcore.models.hybrid_config import HybridConfig
+from lcore.models.jamba import JambaConfig, parse_jamba
 from lcore.models.mamba_config import MAMBA_FAMILIES, MambaConfig, parse_mamba
+from lcore.models.qwen3_next import Qwen3NextConfig, parse_qwen3_next
 from lcore.positions import RopeConfig
 from lcore.positions.rope_config import split_by_layer_type
 
+AnyConfig: TypeAlias = ModelConfig | MambaConfig | HybridConfig
+
 _OWNER = "load_model"
-_ALL = FAMILIES | MAMBA_FAMILIES
+_HYBRIDS: dict[str, tuple[type[HybridConfig], Callable[..., dict[str, Any]]]] = {
+    "jamba": (JambaConfig, parse_jamba),
+    "qwen3_next": (Qwen3NextConfig, parse_qwen3_next),
+}
+_ALL = FAMILIES | MAMBA_FAMILIES | {family: kind.architecture for family, (kind, _) in _HYBRIDS.items()}
 _COMMON = ("vocab_size", "hidden_size", "num_hidden_layers")
 _SIZES = (*_COMMON, "intermediate_size", "num_attention_heads")
 # What the configuration classes of transformers assume when config.json is silent.
@@ -22,7 +31,7 @@ _QWEN_WINDOW, _QWEN_FULL_LAYERS = 4096, 28
 _QWEN3_HEAD_DIM = 128
 
 
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig | MambaConfig:
+def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> AnyConfig:
     """Reads the dict of a config.json, and of a generation_config.json for the ids that end a text.
 
     Raises: NotImplementedError for an architecture or feature without an implementation, by name; ValueError for a
@@ -36,6 +45,9 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
     ids = dict(raw) | {name: value for name, value in (generation or {}).items() if value is not None}
     if family in MAMBA_FAMILIES:
         return MambaConfig(**parse_mamba(family, raw, ids), eos_token_ids=_as_tuple(ids.get("eos_token_id")))
+    if family in _HYBRIDS:
+        kind, parse = _HYBRIDS[family]
+        return kind(**parse(raw, ids), eos_token_ids=_as_tuple(ids.get("eos_token_id")))
     limit = raw.get("max_position_embeddings") or _MAX_POSITIONS[family]
     ropes = {
         kind: RopeConfig.from_dict(

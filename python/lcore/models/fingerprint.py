@@ -27,7 +27,7 @@ def fingerprint(model: CausalLM) -> dict[str, str]:
     bytes of every parameter: 4096 bytes, in pieces spread evenly from its first byte to its last, or all of a smaller
     one. Cheap, and no protection against who changes weights to deceive.
     """
-    config = asdict(model.config)
+    config = asdict(model.config) | {"model_type": model.config.model_type}
     fields = {name: value for name, value in config.items() if name not in _IRRELEVANT}
     return _flat(fields) | {"dtype": dtype_name(model.dtype), "weights": _weights(model)}
 

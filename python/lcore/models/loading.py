@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from lcore.errors import message, require_type
 from lcore.models.checkpoint import Checkpoint, check_tensors, read_json
+from lcore.models.config import ModelConfig
 from lcore.models.decoder import Decoder
-from lcore.models.families import parse_config
+from lcore.models.families import AnyConfig, parse_config
+from lcore.models.hybrid import HybridDecoder
 from lcore.models.mamba import MambaDecoder
 from lcore.models.mamba_config import MambaConfig
 from lcore.models.tokenizer import Tokenizer
 
-# Old checkpoints store the rotation frequencies, which the config fixes.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Old checkpoints store the rotation frequencies, which the config fixes; Qwen3-Next's a head that drafts tokens.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|mtp\..*")
+AnyModel: TypeAlias = Decoder | MambaDecoder | HybridDecoder
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,7 +30,8 @@ def load_model(
 ) -> Any:
     """Loads a model from a Hugging Face checkpoint folder.
 
-    Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 load as a Decoder; Mamba, Falcon Mamba and Mamba-2 as a MambaDecoder.
+    Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 load as a Decoder; Mamba, Falcon Mamba and Mamba-2 as a MambaDecoder; Jamba
+    and Qwen3-Next as a HybridDecoder.
 
     The folder holds config.json, model.safetensors or its shards with an index, and mostly tokenizer.json. Headers
     are checked against the config first. On the CPU in the checkpoint's own dtype the parameters are views of the
@@ -57,7 +61,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder | MambaDecoder, Checkpoint]:
+def open_checkpoint(path: str | os.PathLike[str]) -> tuple[AnyModel, Checkpoint]:
     """The model of a folder without its weights, on the meta device, and the checkpoint, whose headers fit it."""
     folder = Path(path)
     if not folder.is_dir():
@@ -67,7 +71,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder | MambaDecode
     config = parse_config(raw, read_json(generation) if generation.is_file() else None)
     checkpoint = Checkpoint(folder)
 
-    model = MambaDecoder(config, device="meta") if isinstance(config, MambaConfig) else Decoder(config, device="meta")
+    model = new_model(config, device="meta")
     optional = {name for name in checkpoint.shapes if _DERIVED.fullmatch(name)}
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
@@ -75,10 +79,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[Decoder | MambaDecode
     return model, checkpoint
 
 
-def open_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Checkpoint]:
-    """As `open_checkpoint`, for what only a model with a KV cache has; NotImplementedError for another."""
-    model, checkpoint = open_checkpoint(path)
-    if isinstance(model, MambaDecoder):
-        rule = "be a model with a KV cache; a recurrent state has one size at any length, see new_cache().stats()"
-        raise NotImplementedError(message("plan", "model", rule, model.config.model_type))
-    return model, checkpoint
+def new_model(config: AnyConfig, **options: Any) -> AnyModel:
+    """The decoder of a config's kind, started at random."""
+    if isinstance(config, MambaConfig):
+        return MambaDecoder(config, **options)
+    return Decoder(config, **options) if isinstance(config, ModelConfig) else HybridDecoder(config, **options)

@@ -23,9 +23,11 @@ class MambaLayer(torch.nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.residual_in_fp32 = config.residual_in_fp32
 
-    def forward(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None, each: bool
+    ) -> tuple[Tensor, LayerState]:
         mixed, state = self.mixer(self.norm(x.to(self.norm.weight.dtype)), state, cu_seqlens=cu_seqlens,
-                                  return_final_state=True)  # fmt: skip
+                                  return_final_state=True, each=each)  # fmt: skip
         wide = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else x.dtype
         return x.to(wide) + mixed, state
 
@@ -45,7 +47,8 @@ class MambaBackbone(torch.nn.Module):
         """x: (batch, seq, hidden_size), the embeddings; returns the features and the state of every layer after x."""
         states: list[LayerState] = []
         for index, layer in enumerate(self.layers):
-            x, state = layer(x, None if cache is None else cache.layer(index), cu_seqlens)
+            each = cache is not None and cache.every_token
+            x, state = layer(x, None if cache is None else cache.layer(index), cu_seqlens, each)
             if cache is not None:
                 states.append(state)
         return self.norm_f(x.to(self.norm_f.weight.dtype)), states
@@ -62,7 +65,7 @@ class MambaDecoder(CausalLM):
 
     config: MambaConfig
     embedding_name = "backbone.embeddings.weight"
-    recurrent = True
+    cache_kind = "StateCache"
 
     def __init__(
         self,
@@ -83,10 +86,10 @@ class MambaDecoder(CausalLM):
         if torch.device(device).type != "meta":
             self._initialize()
 
-    def new_cache(self, batch_size: int = 1) -> StateCache:
-        """A StateCache with this model's layers that has read nothing."""
+    def new_cache(self, batch_size: int = 1, **options: Any) -> StateCache:
+        """A StateCache with this model's layers that has read nothing; options as there."""
         layers: Any = self.backbone.layers
-        return StateCache([layer.mixer.new_state(batch_size) for layer in layers])
+        return StateCache([layer.mixer.new_state(batch_size) for layer in layers], **options)
 
     def forward(
         self,
@@ -121,7 +124,7 @@ class MambaDecoder(CausalLM):
 
     def _features(self, tokens: Tensor, cache: StateCache | None, lengths: Tensor | None) -> Tensor:
         x = self.backbone.embeddings(tokens)
-        if lengths is None:
+        if lengths is None or (cache is not None and cache.every_token):
             x, states = self.backbone(x, cache, None)
         else:
             real = torch.arange(tokens.shape[1], device=x.device) < lengths.to(x.device)[:, None]

@@ -57,6 +57,12 @@ class MambaConfig:
     pad_token_id: int | None = None
 
     max_position_embeddings = 0  # no length that the model was made for
+    num_kv_heads = 0
+
+    @property
+    def recurrent_values(self) -> int:
+        """Values a token that a block computes: u, its convolution, steps, z and y, and B and C before and after it."""
+        return 5 * self.intermediate_size + 4 * max(1, self.n_groups) * self.state_size
 
     def __post_init__(self) -> None:
         if self.model_type not in MAMBA_FAMILIES:

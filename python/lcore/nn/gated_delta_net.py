@@ -11,8 +11,9 @@ from torch import Tensor
 from lcore.cache import LayerState
 from lcore.errors import require
 from lcore.nn.linear import Linear
-from lcore.nn.mamba import check_hidden, decay_rates, zero_state
+from lcore.nn.mamba import check_hidden, decay_rates, initial_dt_bias, state_before, zero_state
 from lcore.nn.norm import RMSNorm
+from lcore.nn.token_by_token import conv_states, token_by_token
 from lcore.ops import causal_conv1d, gated_delta_rule, gated_delta_rule_update
 
 _NORM_EPS = 1e-6  # of the length of q and k
@@ -56,7 +57,7 @@ class GatedDeltaNet(torch.nn.Module):
         self.in_proj_qkvz = Linear(hidden_size, 2 * keys + 2 * values, bias=False)
         self.in_proj_ba = Linear(hidden_size, 2 * num_value_heads, bias=False)
         self.conv1d = torch.nn.Conv1d(channels, channels, conv_width, groups=channels, bias=False)
-        self.dt_bias = torch.nn.Parameter(torch.ones(num_value_heads))
+        self.dt_bias = torch.nn.Parameter(initial_dt_bias(num_value_heads))
         self.A_log = torch.nn.Parameter(torch.empty(num_value_heads).uniform_(0.01, 16).log())
         self.norm = RMSNorm(value_dim, norm_eps)
         self.out_proj = Linear(values, hidden_size, bias=False)
@@ -74,7 +75,7 @@ class GatedDeltaNet(torch.nn.Module):
     @overload
     def forward(
         self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None,
-        return_final_state: Literal[True],
+        return_final_state: Literal[True], each: bool = False,
     ) -> tuple[Tensor, LayerState]: ...  # fmt: skip
 
     def forward(
@@ -84,45 +85,58 @@ class GatedDeltaNet(torch.nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """Mixes each token of x with those before it; arguments, returns and gradients as `Mamba.forward`."""
         check_hidden("nn.GatedDeltaNet", x, self.in_proj_qkvz.in_features)
-        conv, recurrent = (None, None) if state is None else state
-        *parts, z, beta, g = self._project(x)
+        conv, recurrent = state_before(self, x, state, each)
+        mixed, z, b, a = self._project(x)
+        if each and conv is not None:
+            after_each = conv_states(conv, mixed.transpose(1, 2))
         mixed, conv = causal_conv1d(
-            torch.cat(parts, dim=-1).transpose(1, 2), self.conv1d.weight.squeeze(1), activation="silu",
+            mixed.transpose(1, 2), self.conv1d.weight.squeeze(1), activation="silu",
             initial_state=conv, cu_seqlens=cu_seqlens, return_final_state=True,
         )  # fmt: skip
-        q, k, v = mixed.transpose(1, 2).split(self.sizes, dim=-1)
-        q, k = (_unit(part.unflatten(-1, (self.num_key_heads, -1))) for part in (q, k))
-        v = v.unflatten(-1, (self.num_value_heads, -1))
-        if recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-            recurrent = recurrent.clone()
-            o = gated_delta_rule_update(recurrent, q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])[:, None]
-        elif cu_seqlens is None:
-            o, recurrent = gated_delta_rule(q, k, v, g, beta, initial_state=recurrent, return_final_state=True)
+        tokens = (mixed.transpose(1, 2), z, b, a)
+        if each:
+            conv = after_each
+            y, recurrent = token_by_token(self._recur, recurrent, tokens, dim=1)
         else:
-            o, recurrent = gated_delta_rule(
-                q[0], k[0], v[0], g[0], beta[0], initial_state=recurrent, cu_seqlens=cu_seqlens, return_final_state=True
-            )
-            o = o[None]
-        gate = F.silu(z.to(g.dtype))
-        out = self.out_proj((self.norm(o) * gate).to(x.dtype).flatten(2))
+            y, recurrent = self._recur(recurrent, *tokens, cu_seqlens)
+        out = self.out_proj(y)
         return (out, LayerState(conv, recurrent)) if return_final_state else out
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v (batch, seq, channels); z (batch, seq, value heads, value_dim); beta and the log decays, float32 at
-        least, (batch, seq, value heads). Rows of the projections stand by key head, each with its value heads.
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v (batch, seq, channels); z (batch, seq, value heads, value_dim); b and a (batch, seq, value heads).
+        Rows of the projections stand by key head, each with its value heads.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
         by_head = self.in_proj_qkvz(x).unflatten(-1, (self.num_key_heads, -1))
         values = self.share * self.value_dim
-        q, k, v, z = (part.flatten(2) for part in by_head.split([self.key_dim, self.key_dim, values, values], dim=-1))
-        b, a = (
-            part.flatten(2).to(wide) for part in self.in_proj_ba(x).unflatten(-1, (self.num_key_heads, -1)).chunk(2, -1)
-        )
-        g = decay_rates(self.A_log) * F.softplus(a + self.dt_bias)
-        return q, k, v, z.unflatten(-1, (self.num_value_heads, -1)), b.sigmoid(), g
+        *qkv, z = (part.flatten(2) for part in by_head.split([self.key_dim, self.key_dim, values, values], dim=-1))
+        b, a = (part.flatten(2) for part in self.in_proj_ba(x).unflatten(-1, (self.num_key_heads, -1)).chunk(2, -1))
+        return torch.cat(qkv, dim=-1), z.unflatten(-1, (self.num_value_heads, -1)), b, a
+
+    def _recur(
+        self, state: Tensor | None, mixed: Tensor, z: Tensor, b: Tensor, a: Tensor, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What out_proj takes, (batch, seq, value channels), and the state after it."""
+        wide = torch.promote_types(mixed.dtype, torch.float32)
+        beta, g = b.to(wide).sigmoid(), decay_rates(self.A_log) * F.softplus(a.to(wide) + self.dt_bias)
+        q, k, v = mixed.split(self.sizes, dim=-1)
+        q, k = (_unit(part.unflatten(-1, (self.num_key_heads, -1))) for part in (q, k))
+        v = v.unflatten(-1, (self.num_value_heads, -1))
+        if state is not None and mixed.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+            state = state.clone()
+            o = gated_delta_rule_update(state, q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])[:, None]
+        elif cu_seqlens is None:
+            o, state = gated_delta_rule(q, k, v, g, beta, initial_state=state, return_final_state=True)
+        else:
+            o, state = gated_delta_rule(
+                q[0], k[0], v[0], g[0], beta[0], initial_state=state, cu_seqlens=cu_seqlens, return_final_state=True
+            )
+            o = o[None]
+        gate = F.silu(z.to(wide))
+        return (self.norm(o) * gate).to(mixed.dtype).flatten(2), state
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from lcore.cache import LayerState
 from lcore.errors import message
 from lcore.nn.linear import Linear, linear
+from lcore.nn.norm import RMSNorm
+from lcore.nn.token_by_token import conv_states, token_by_token
 from lcore.ops import causal_conv1d, selective_scan
 
 # Bounds of the step sizes that a fresh block starts with, and the least one.
@@ -29,7 +31,8 @@ class Mamba(torch.nn.Module):
         conv_width: 1 to 8 tokens that the convolution sees.
         dt_rank: size of dt before its projection; default hidden_size / 16, rounded up.
         bias, conv_bias: whether in_proj and out_proj, and the convolution, have a bias.
-        norm_eps: normalise dt, B and C with this eps, without weights (Falcon Mamba); None for no norm.
+        norm_eps: normalise dt, B and C with this eps (Falcon Mamba); None for no norm. norm_weights: with weights
+            (Jamba).
     Source:   Gu & Dao 2023, Mamba, arXiv:2312.00752; Zuo et al. 2024, Falcon Mamba, arXiv:2410.05355.
     """
 
@@ -44,6 +47,7 @@ class Mamba(torch.nn.Module):
         bias: bool = False,
         conv_bias: bool = True,
         norm_eps: float | None = None,
+        norm_weights: bool = False,
     ) -> None:
         super().__init__()
         inner = intermediate_size or 2 * hidden_size
@@ -56,6 +60,11 @@ class Mamba(torch.nn.Module):
         self.A_log = torch.nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner, 1))
         self.D = torch.nn.Parameter(torch.ones(inner))
         self.out_proj = Linear(inner, hidden_size, bias=bias)
+        weighted = norm_eps is not None and norm_weights
+        sizes = {"dt_layernorm": self.dt_rank, "b_layernorm": state_size, "c_layernorm": state_size}
+        self.norms = tuple(sizes) if weighted else ()
+        for name in self.norms:
+            self.add_module(name, RMSNorm(sizes[name], norm_eps or 0.0))
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
             self.dt_proj.bias.copy_(initial_dt_bias(inner))
@@ -73,7 +82,7 @@ class Mamba(torch.nn.Module):
     @overload
     def forward(
         self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None,
-        return_final_state: Literal[True],
+        return_final_state: Literal[True], each: bool = False,
     ) -> tuple[Tensor, LayerState]: ...  # fmt: skip
 
     def forward(
@@ -83,6 +92,7 @@ class Mamba(torch.nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """Mixes each token of x with those before it.
 
@@ -92,35 +102,61 @@ class Mamba(torch.nn.Module):
             cu_seqlens: (sequences + 1,) int32 from 0: batch is 1, sequence i is tokens cu_seqlens[i] to
                 cu_seqlens[i + 1], and the state has one row a sequence. A sequence may be empty.
             return_final_state: return the state after x too.
+            each: let it be the states after each token, (seq, batch, ...), which then are taken one by one, with the
+                bits that they have one call at a time. Not with cu_seqlens.
         Returns: (batch, seq, hidden_size), the dtype of x; with return_final_state (out, state).
         Gradients: for x, the parameters and the state, through out and the final state.
         """
         check_hidden("nn.Mamba", x, self.in_proj.in_features)
-        conv, recurrent = (None, None) if state is None else state
+        conv, recurrent = state_before(self, x, state, each)
         u, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)
-        taps = self.conv1d.weight.squeeze(1)
-        packing = {"cu_seqlens": cu_seqlens}
+        before, inputs = conv, u
         u, conv = causal_conv1d(
-            u, taps, self.conv1d.bias, activation="silu", initial_state=conv, return_final_state=True, **packing
-        )
+            u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", initial_state=conv,
+            cu_seqlens=cu_seqlens, return_final_state=True,
+        )  # fmt: skip
         sizes = [self.dt_rank, self.state_size, self.state_size]
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split(sizes, dim=-1)
-        if self.norm_eps is not None:
-            dt, B, C = (torch.nn.functional.rms_norm(part, part.shape[-1:], None, self.norm_eps) for part in (dt, B, C))
+        dt, B, C = self._normed(*self.x_proj(u.transpose(1, 2)).split(sizes, dim=-1))
         # The bias joins inside the scan, in float32.
         delta = linear(dt, self.dt_proj.weight).transpose(1, 2)
-        y, recurrent = selective_scan(
-            u, delta, decay_rates(self.A_log), B.transpose(1, 2), C.transpose(1, 2), self.D, z, self.dt_proj.bias, True,
-            initial_state=recurrent, return_final_state=True, **packing,
-        )  # fmt: skip
+        A = decay_rates(self.A_log)
+
+        def scan(
+            recurrent: Tensor | None, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            return selective_scan(
+                u, delta, A, B, C, self.D, z, self.dt_proj.bias, True,
+                initial_state=recurrent, cu_seqlens=cu_seqlens, return_final_state=True,
+            )  # fmt: skip
+
+        tokens = (u, delta, B.transpose(1, 2), C.transpose(1, 2), z)
+        if each and before is not None:
+            conv = conv_states(before, inputs)
+            y, recurrent = token_by_token(scan, recurrent, tokens, dim=2)
+        else:
+            y, recurrent = scan(recurrent, *tokens)
         out = self.out_proj(y.transpose(1, 2))
         return (out, LayerState(conv, recurrent)) if return_final_state else out
+
+    def _normed(self, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.norms:
+            dt, B, C = (self.get_submodule(name)(part) for name, part in zip(self.norms, (dt, B, C), strict=True))
+        elif self.norm_eps is not None:
+            dt, B, C = (torch.nn.functional.rms_norm(part, part.shape[-1:], None, self.norm_eps) for part in (dt, B, C))
+        return dt, B, C
 
 
 def check_hidden(owner: str, x: Tensor, hidden_size: int) -> None:
     if x.dim() != 3 or x.shape[2] != hidden_size:
         rule = f"have shape (batch, seq, hidden_size) = (*, *, {hidden_size})"
         raise ValueError(message(owner, "x", rule, tuple(x.shape)))
+
+
+def state_before(block: Any, x: Tensor, state: LayerState | None, each: bool) -> LayerState | tuple[None, None]:
+    """The state that a block goes on from: zeros where it gives one after each token and has none."""
+    if state is None and each:
+        return block.new_state(x.shape[0])
+    return (None, None) if state is None else state
 
 
 def decay_rates(A_log: Tensor) -> Tensor:

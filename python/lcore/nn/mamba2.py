@@ -12,8 +12,9 @@ from torch import Tensor
 from lcore.cache import LayerState
 from lcore.errors import require
 from lcore.nn.linear import Linear
-from lcore.nn.mamba import check_hidden, decay_rates, initial_dt_bias, zero_state
+from lcore.nn.mamba import check_hidden, decay_rates, initial_dt_bias, state_before, zero_state
 from lcore.nn.norm import GroupedRMSNorm
+from lcore.nn.token_by_token import conv_states, token_by_token
 from lcore.ops import causal_conv1d, gated_linear_attention_update, ssd
 
 
@@ -78,7 +79,7 @@ class Mamba2(torch.nn.Module):
     @overload
     def forward(
         self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None,
-        return_final_state: Literal[True],
+        return_final_state: Literal[True], each: bool = False,
     ) -> tuple[Tensor, LayerState]: ...  # fmt: skip
 
     def forward(
@@ -88,13 +89,16 @@ class Mamba2(torch.nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         return_final_state: bool = False,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
         """Mixes each token of x with those before it; arguments, returns and gradients as `Mamba.forward`."""
         check_hidden("nn.Mamba2", x, self.in_proj.in_features)
-        conv, recurrent = (None, None) if state is None else state
+        conv, recurrent = state_before(self, x, state, each)
         channels = self.conv1d.in_channels
         z, mixed, dt = self.in_proj(x).split([self.sizes[0], channels, self.num_heads], dim=-1)
         taps = self.conv1d.weight.squeeze(1)
+        if each and conv is not None:
+            after_each = conv_states(conv, mixed.transpose(1, 2))
         mixed, conv = causal_conv1d(
             mixed.transpose(1, 2), taps, self.conv1d.bias, activation="silu", initial_state=conv,
             cu_seqlens=cu_seqlens, return_final_state=True,
@@ -102,7 +106,10 @@ class Mamba2(torch.nn.Module):
         u, B, C = mixed.transpose(1, 2).split(self.sizes, dim=-1)
         u, z = (part.unflatten(-1, (self.num_heads, -1)) for part in (u, z))
         B, C = (part.unflatten(-1, (self.num_groups, -1)) for part in (B, C))
-        if recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        if each and recurrent is not None:
+            conv = after_each
+            y, recurrent = token_by_token(self._step, recurrent, (u, dt, B, C, z), dim=1)
+        elif recurrent is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
             y, recurrent = self._step(recurrent, u, dt, B, C, z)
         else:
             y, recurrent = self._scan(recurrent, u, dt, B, C, z, cu_seqlens)

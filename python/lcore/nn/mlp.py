@@ -20,6 +20,13 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return torch.div(x, denominator, out=denominator)
 
 
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + e^-x), elementwise, with the bits of one path for all elements, as `silu`."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return torch.sigmoid(x)
+    return torch.neg(x).exp_().add_(1).reciprocal_()
+
+
 class GatedMLP(torch.nn.Module):
     """SwiGLU.
 

@@ -26,6 +26,19 @@ class RMSNorm(torch.nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class ZeroCentredRMSNorm(RMSNorm):
+    """RMSNorm by 1 + weight, whose weight starts at 0."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__(size, eps)
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1 + self.weight.to(wide)
+        return torch.nn.functional.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
+
+
 class GroupedRMSNorm(RMSNorm):
     """RMSNorm of each of `groups` equal parts of the last dimension on its own, with one weight for all of it."""
 

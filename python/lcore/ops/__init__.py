@@ -9,9 +9,12 @@ from lcore.ops.gated_linear_attention import gated_linear_attention, gated_linea
 from lcore.ops.hadamard import hadamard
 from lcore.ops.key_mass import key_mass
 from lcore.ops.merge_states import merge_states
+from lcore.ops.mlstm import mlstm, mlstm_update
 from lcore.ops.page_bounds import page_bounds, page_scores
 from lcore.ops.rope import rope
+from lcore.ops.rwkv4_wkv import rwkv4_wkv, rwkv4_wkv_update
 from lcore.ops.rwkv6 import rwkv6, rwkv6_update
+from lcore.ops.rwkv7 import rwkv7, rwkv7_update
 from lcore.ops.select_pages import select_pages
 from lcore.ops.selective_scan import selective_scan
 from lcore.ops.selective_state_update import selective_state_update
@@ -29,11 +32,17 @@ __all__ = [
     "hadamard",
     "key_mass",
     "merge_states",
+    "mlstm",
+    "mlstm_update",
     "page_bounds",
     "page_scores",
     "rope",
+    "rwkv4_wkv",
+    "rwkv4_wkv_update",
     "rwkv6",
     "rwkv6_update",
+    "rwkv7",
+    "rwkv7_update",
     "select_pages",
     "selective_scan",
     "selective_state_update",

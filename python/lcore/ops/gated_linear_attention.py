@@ -107,9 +107,7 @@ def _gated_linear_attention(
     if g.dim() == 1:
         g = g.expand(v.shape[:-1])
     state = None if initial_state is None else initial_state.contiguous()
-    return torch.ops.lcore._linear_attention(
-        q, k, v, g, None, None, None, default_scale(scale, q), state, cu_seqlens, False
-    )
+    return torch.ops.lcore._linear_attention(q, k, v, g, default_scale(scale, q), state, cu_seqlens)
 
 
 def gated_linear_attention_update(
@@ -161,6 +159,4 @@ def _update(
 ) -> Tensor:  # fmt: skip
     if g.dim() == 1:
         g = g.expand(v.shape[:-1])
-    return torch.ops.lcore._linear_attention_update(
-        state, q, k, v, g, None, None, None, default_scale(scale, q), state_indices, False
-    )
+    return torch.ops.lcore._linear_attention_update(state, q, k, v, g, default_scale(scale, q), state_indices)

@@ -128,7 +128,7 @@ def _bounds_fake(k: Tensor, page_size: int, dtype: str = "bfloat16") -> Tensor:
 
 @torch.library.register_fake("lcore::page_bounds_paged")
 def _paged_fake(
-    pool: Tensor, page_table: Tensor, kv_lengths: Tensor, tail_k: Tensor, tail_v: Tensor, *args: Any
+    pool: Tensor, page_table: Tensor, kv_lengths: Tensor, tail_k: Tensor, tail_v: Tensor, *args: Any, **rope: Any
 ) -> Tensor:
     _, _, _, first, last, dtype = args[:6]
     return tail_k.new_empty((*tail_k.shape[:2], last - first, 2, tail_k.shape[3]), dtype=getattr(torch, dtype))

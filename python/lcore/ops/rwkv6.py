@@ -91,7 +91,7 @@ def _rwkv6(
         g = g.expand(v.shape[:-1])
     state = None if initial_state is None else initial_state.contiguous()
     bonus = u.to(wide_dtype(r)).contiguous()
-    return torch.ops.lcore._linear_attention(r, k, v, g, None, None, bonus, scale, state, cu_seqlens, False)
+    return torch.ops.lcore._linear_attention(r, k, v, g, scale, state, cu_seqlens, bonus=bonus)
 
 
 def rwkv6_update(
@@ -142,4 +142,4 @@ def _update(
     if g.dim() == 1:
         g = g.expand(v.shape[:-1])
     bonus = u.to(wide_dtype(r)).contiguous()
-    return torch.ops.lcore._linear_attention_update(state, r, k, v, g, None, None, bonus, scale, state_indices, False)
+    return torch.ops.lcore._linear_attention_update(state, r, k, v, g, scale, state_indices, bonus=bonus)

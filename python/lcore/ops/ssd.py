@@ -72,15 +72,15 @@ def ssd(
 
     Returns:
         out: x's shape and dtype; and with return_final_state
-        final_state: shaped as initial_state. Tokens behind the last packed sequence get y = D x.
+        final_state: shaped as initial_state. Tokens behind the last packed sequence get out 0 and gradients 0.
 
     Raises:
         TypeError: dtypes. ValueError: shapes and values. NotImplementedError: no kernel for the device.
 
     Notes:
-        Gradients for all tensors but cu_seqlens, through out and through final_state; no double backward. With D or z
-        the sum over states is kept in float32 until they are applied. Otherwise as `lcore.gated_linear_attention`, with
-        q = C, k = B, v = d x, g = d A.
+        Gradients for all tensors but cu_seqlens, through out and through final_state; no double backward. D and z are
+        applied where rows are written, in float32; the backward computes y again. Otherwise as
+        `lcore.gated_linear_attention`, with q = C, k = B, v = d x, g = d A.
 
     Source: Dao and Gu 2024, Transformers are SSMs, arXiv:2405.21060.
     """
@@ -137,12 +137,10 @@ def _ssd(
     low, high = (0.0, math.inf) if dt_limit is None else dt_limit
     step = step.clamp(low, high)
     state = None if initial_state is None else initial_state.transpose(-1, -2).contiguous()
-    more = D is not None or z is not None
-    out, state = torch.ops.lcore._linear_attention(
-        C, B, x, step * A.to(wide), None, step, None, 1.0, state, cu_seqlens, more
-    )
+    skip = None
     if D is not None:
-        out = out.addcmul_(x, (D if D.dim() == 2 else D[:, None]).to(wide))
-    if z is not None:
-        out = out * F.silu(z.to(wide))
-    return out.to(x.dtype), state.transpose(-1, -2).contiguous()
+        skip = (D if D.dim() == 2 else D[:, None].expand(x.shape[-2:])).to(wide).contiguous()
+    out, state = torch.ops.lcore._linear_attention(
+        C, B, x, step * A.to(wide), 1.0, state, cu_seqlens, weight=step, skip=skip, gate=z
+    )
+    return out, state.transpose(-1, -2).contiguous()

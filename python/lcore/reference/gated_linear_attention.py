@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,34 +51,48 @@ def recurrence(
     wide = [x.to(work) for x in (q.repeat_interleave(group, -2), k.repeat_interleave(group, -2), v, g)]
     if beta is not None:
         wide.append(beta.to(work))
+    shape = (heads, q.shape[-1], v.shape[-1])
+    run = partial(_run, scale=scale, bonus=bonus)
+    out, state = each_sequence(run, wide, initial_state, shape, cu_seqlens)
+    return out.to(v.dtype), state
+
+
+def each_sequence(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    rows: list[Tensor],
+    initial_state: Tensor | None,
+    shape: tuple[int, ...],
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Calls run(state, *rows) -> (out, last state) on a batch, or on every packed sequence as a batch of one.
+
+    rows: (batch, len, ...) or packed (tokens, ...), of one dtype; shape: of a state.
+    """
+    first = rows[0]
+    sequences = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    zero = first.new_zeros((sequences, *shape))
+    state = zero if initial_state is None else initial_state.to(first.dtype)
     if cu_seqlens is None:
-        state = _first_state(initial_state, q.shape[0], heads, q, v, work)
-        out, state = _run(*wide, state=state, scale=scale, bonus=bonus)
-        return out.to(v.dtype), state
+        return run(state, *rows)
     ends = cu_seqlens.tolist()
-    state = _first_state(initial_state, len(ends) - 1, heads, q, v, work)
     outs, states = [], []
-    for i in range(len(ends) - 1):
-        one = [x[ends[i] : ends[i + 1]][None] for x in wide]
-        out, last = _run(*one, state=state[i : i + 1], scale=scale, bonus=bonus)
+    for i in range(sequences):
+        out, last = run(state[i : i + 1], *(x[ends[i] : ends[i + 1]][None] for x in rows))
         outs.append(out[0])
         states.append(last)
-    loose = v.new_zeros((v.shape[0] - ends[-1], *v.shape[1:]), dtype=work)  # tokens behind the last sequence
-    return torch.cat([*outs, loose]).to(v.dtype), torch.cat([*states, state[:0]])
-
-
-def _first_state(state: Tensor | None, batch: int, heads: int, q: Tensor, v: Tensor, work: torch.dtype) -> Tensor:
-    return q.new_zeros((batch, heads, q.shape[-1], v.shape[-1]), dtype=work) if state is None else state.to(work)
+    loose, _ = run(zero[:1], *(x[ends[-1] : ends[-1]][None] for x in rows))  # without tokens, for its shape
+    behind = loose.new_zeros((first.shape[0] - ends[-1], *loose.shape[2:]))
+    return torch.cat([*outs, behind]), torch.cat([*states, state[:0]])
 
 
 def _run(
+    state: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor | None = None,
     *,
-    state: Tensor,
     scale: float,
     bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -40,13 +40,12 @@ def ssd(
     zero = x.new_zeros((len(rows), x.shape[-2], x.shape[-1], B.shape[-1]), dtype=work)
     states = zero if initial_state is None else initial_state.to(work)
     results = [_run(row, A.to(work), state) for row, state in zip(rows, states, strict=True)]
-    outs = [out for out, _ in results]
+    outs = [out if D is None else out + row[0] * (D if D.dim() == 2 else D[:, None]).to(work)
+            for row, (out, _) in zip(rows, results, strict=True)]  # fmt: skip
     if cu_seqlens is None:
         y = torch.stack(outs) if outs else xs
     else:
         y = torch.cat([*outs, torch.zeros_like(xs[sum(len(out) for out in outs) :])])
-    if D is not None:
-        y = y + xs * (D if D.dim() == 2 else D[:, None]).to(work)
     if z is not None:
         y = y * F.silu(z.to(work))
     final = torch.stack([state for _, state in results]) if results else states

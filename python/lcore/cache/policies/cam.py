@@ -10,9 +10,9 @@ from torch.nn.functional import avg_pool1d, pad
 
 from lcore.cache.checks import check_int
 from lcore.cache.formats import PageLayout
+from lcore.cache.key_scores import gather_kept
 from lcore.cache.policies.base import stores_values
 from lcore.cache.policies.mass import H2O
-from lcore.cache.policies.selection import gather_kept
 from lcore.cache.policies.view import LayerView
 from lcore.cache.slots import Slots
 

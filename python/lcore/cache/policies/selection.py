@@ -23,11 +23,3 @@ def keep_best(ranked: Tensor, count: Tensor) -> Tensor:
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     chosen = torch.arange(ranked.shape[-1]) < count[..., None]
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
-
-
-def gather_kept(values: Tensor, keep: Tensor) -> Tensor:
-    """values (batch, kv_heads, keys) where `keep` is set, moved together in their order, with zeros behind."""
-    counts = keep.sum(-1)
-    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(counts.max())]
-    kept = values.gather(-1, order)
-    return kept.masked_fill(torch.arange(kept.shape[-1]) >= counts[..., None], 0)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lcore.cache.eviction import evict
+from lcore.cache.key_scores import gather_kept
 from lcore.cache.policies.base import Policy
 from lcore.cache.policies.cam import add_values
-from lcore.cache.policies.selection import finite, gather_kept
+from lcore.cache.policies.selection import finite
 from lcore.cache.policies.view import LayerView
 from lcore.cache.slots import Slots
 from lcore.errors import message

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lcore.cache.key_rope import turned_keys
 from lcore.cache.policies._scores import key_chunks, key_mass_of
 from lcore.cache.slots import Slots
 from lcore.ops.hadamard import hadamard
-from lcore.ops.rope import rope as turn
 from lcore.positions import Rotation
 
 
@@ -29,7 +30,7 @@ class LayerView:
         slots: Slots,
         index: int,
         q: Tensor,
-        lse: Tensor,
+        lse: Callable[[], Tensor],
         counts: Tensor | None,
         softmax_scale: float,
         softcap: float,
@@ -44,9 +45,14 @@ class LayerView:
         self.new = torch.full_like(self.seen, q.shape[1]) if counts is None else counts
         self.page_size = slots.layout.page_size
         self.remembered = dict(slots.scores.layers[index])
-        self._slots, self._q, self._lse = slots, q, lse
+        self._slots, self._q, self._all_lse = slots, q, lse
         self._scoring = (softmax_scale, softcap)
         self._rotated, self._rope = rotated, rope
+
+    @cached_property
+    def _lse(self) -> Tensor:
+        """Over all keys that the layer holds, whatever the call itself has read of them."""
+        return self._all_lse()
 
     @property
     def valid(self) -> Tensor:
@@ -57,7 +63,7 @@ class LayerView:
         """(batch, kv_heads, keys) float32: attention that each key gets from this call's queries.
 
         Summed over the heads of the group and over the row's last `window` queries, or all. A query gives 1 in all to
-        the keys that it sees.
+        the keys that it sees. Behind a selection it is that without one, for which all keys are read.
         """
         q, lse, counts = self._q, self._lse, self.new
         if window is not None and window < q.shape[1]:
@@ -86,7 +92,7 @@ class LayerView:
             if self._rotated:
                 yield hadamard(k, inverse=True), hadamard(v, inverse=True)
             else:
-                yield k if self._rope is None else _turned(k, first, self._rope), v
+                yield k if self._rope is None else turned_keys(k, first, self._rope), v
 
     def recall(self, name: str) -> Tensor:
         """(batch, kv_heads, keys) float32: what was remembered of each key, 0 for keys that are new since."""
@@ -98,12 +104,3 @@ class LayerView:
     def remember(self, name: str, values: Tensor) -> None:
         """Keeps a number of each key until it is evicted: (batch, kv_heads, keys). Forks take a copy along."""
         self.remembered[name] = values.float().masked_fill(~self.valid, 0)
-
-
-def _turned(k: Tensor, first: int, rope: Rotation) -> Tensor:
-    """k (batch, kv_heads, n, head_dim) rotated to positions first, first + 1, ..."""
-    positions = torch.arange(first, first + k.shape[2])
-    rows = k.transpose(1, 2)
-    return turn(
-        rows, positions, rope.frequencies, attention_scaling=rope.attention_scaling, interleaved=rope.interleaved
-    ).transpose(1, 2)

@@ -58,7 +58,8 @@ class Selection:
         """(batch, heads or kv_heads, pages) float32: the larger, the sooner a page is read.
 
         Args:
-            q: (batch, new, heads, head_dim). lengths: (batch,) its real rows, or None.
+            q: (batch, new, heads, head_dim), after RoPE and float32 where the cache holds keys before it, then maybe
+                each row twice, once rounded to the cache's dtype. lengths: (batch,) its real rows, or None.
             summaries: (batch, kv_heads, pages, 2, head_dim); of each head only the first page_counts (batch, kv_heads)
                 mean anything, the others must score -inf.
         """
@@ -73,16 +74,11 @@ class Selection:
         return f"{type(self).__name__}({settings})"
 
 
-def check_selection(function: str, select: Any, policy: object, rope: object = None) -> None:
-    """None, or a selection, beside a cache that evicts nothing by itself and whose keys carry their positions."""
+def check_selection(function: str, select: Any, rope: object = None, page_size: int = 64) -> None:
+    """None, or a selection that fits the pages of a cache."""
     if select is None:
         return
     if not isinstance(select, Selection):
         raise TypeError(message(function, "select", "be an lcore.selection.Selection or None", repr(select)))
-    rule = "be None with a policy, whose scores need the attention over all keys"
-    require(policy is None, function, "select", rule, repr(select))
-    if rope is not None:
-        raise NotImplementedError(
-            f"lcore.{function}: pages whose keys are before RoPE cannot be read apart from the others yet; "
-            "use rope=None or select=None"
-        )
+    rule = "be a multiple of 16 for a selection with rope, which rotates whole vectors of a page's keys"
+    require(rope is None or page_size % 16 == 0, function, "page_size", rule, page_size)

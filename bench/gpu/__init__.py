@@ -1,0 +1,1 @@
+"""The run on a GPU, part by part: ``python -m bench.gpu``."""
