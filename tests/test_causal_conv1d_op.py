@@ -116,10 +116,10 @@ def test_errors_of_the_update():
 
 
 DIRECT = [
-    ({"weight": WEIGHT[:3]}, "weight must be on the CPU with shape"),
+    ({"weight": WEIGHT[:3]}, "weight must have shape"),
     ({"weight": torch.zeros(4, 9)}, "weight must have shape"),
-    ({"bias": torch.zeros(3)}, "bias must be on the CPU with shape"),
-    ({"initial_state": torch.zeros(2, 4, 2)}, "initial_state must be on the CPU with shape"),
+    ({"bias": torch.zeros(3)}, "bias must have shape"),
+    ({"initial_state": torch.zeros(2, 4, 2)}, "initial_state must have shape"),
 ]
 
 

@@ -32,6 +32,16 @@ void attention_backward(const AttentionGradParams& params, Stream& stream) {
   generic::attention_backward(params, stream);
 }
 
+void causal_conv1d(const CausalConv1dParams& params, Stream& stream) {
+  architecture("causal_conv1d");
+  generic::causal_conv1d(params, stream);
+}
+
+void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream) {
+  architecture("causal_conv1d");
+  generic::causal_conv1d_backward(params, stream);
+}
+
 void merge_states(const MergeParams& params, Stream& stream) {
   architecture("merge_states");
   generic::merge_states(params, stream);
@@ -75,6 +85,16 @@ void page_scores(const PageScoresParams& params, Stream& stream) {
 void select_pages(const SelectPagesParams& params, Stream& stream) {
   architecture("select_pages");
   generic::select_pages(params, stream);
+}
+
+void selective_scan(const SelectiveScanParams& params, Stream& stream) {
+  architecture("selective_scan");
+  generic::selective_scan(params, stream);
+}
+
+void selective_scan_backward(const SelectiveScanGradParams& params, Stream& stream) {
+  architecture("selective_scan");
+  generic::selective_scan_backward(params, stream);
 }
 
 }  // namespace lcore::cuda

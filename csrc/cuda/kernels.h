@@ -5,11 +5,13 @@
 #include "core/attention.h"
 #include "core/cache_append.h"
 #include "core/cache_compact.h"
+#include "core/causal_conv1d.h"
 #include "core/hadamard.h"
 #include "core/merge_states.h"
 #include "core/page_bounds.h"
 #include "core/rope.h"
 #include "core/select_pages.h"
+#include "core/selective_scan.h"
 #include "cuda/stream.h"
 
 namespace lcore::cuda {
@@ -26,6 +28,10 @@ void page_bounds(const PageBoundsParams& params, Stream& stream);
 void page_scores(const PageScoresParams& params, Stream& stream);
 void select_pages(const SelectPagesParams& params, Stream& stream);
 void rope(const RopeParams& params, Stream& stream);
+void causal_conv1d(const CausalConv1dParams& params, Stream& stream);
+void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream);
+void selective_scan(const SelectiveScanParams& params, Stream& stream);
+void selective_scan_backward(const SelectiveScanGradParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 }  // namespace generic
@@ -40,6 +46,10 @@ void page_bounds(const PageBoundsParams& params, Stream& stream);
 void page_scores(const PageScoresParams& params, Stream& stream);
 void select_pages(const SelectPagesParams& params, Stream& stream);
 void rope(const RopeParams& params, Stream& stream);
+void causal_conv1d(const CausalConv1dParams& params, Stream& stream);
+void causal_conv1d_backward(const CausalConv1dGradParams& params, Stream& stream);
+void selective_scan(const SelectiveScanParams& params, Stream& stream);
+void selective_scan_backward(const SelectiveScanGradParams& params, Stream& stream);
 void merge_states(const MergeParams& params, Stream& stream);
 void merge_states_backward(const MergeGradParams& params, Stream& stream);
 

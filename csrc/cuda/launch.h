@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,9 @@
 #include "cuda/stream.h"
 
 namespace lcore::cuda {
+
+// Scratch for sums that several blocks leave for another kernel to add up: what does not fit is taken in windows.
+constexpr int64_t kPartialBytes = int64_t{256} << 20;
 
 inline void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;

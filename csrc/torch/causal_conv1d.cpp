@@ -1,7 +1,7 @@
-// lcore::causal_conv1d, its backward and lcore::causal_conv1d_update on CPU tensors.
+// lcore::causal_conv1d, its backward and lcore::causal_conv1d_update.
 #include "core/causal_conv1d.h"
 
-#include "cpu/kernels.h"
+#include "torch/device.h"
 #include "torch/recurrent.h"
 
 namespace lcore {
@@ -11,7 +11,7 @@ using torch::headeronly::ScalarType;
 
 CausalConv1dParams conv_params(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                bool silu, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
-  require(x.is_cpu() && x.dim() == 3, op, "x must be on the CPU with 3 dimensions, got " + shape_text(x));
+  require(x.dim() == 3, op, "x must have 3 dimensions, got " + shape_text(x));
   require_float(op, "x", x, x);
   CausalConv1dParams p{};
   const ScalarType wide = wide_type(x);
@@ -35,13 +35,12 @@ CausalConv1dParams conv_params(const char* op, const Tensor& x, const Tensor& we
 std::tuple<Tensor, Tensor> causal_conv1d(Tensor x, Tensor weight, OptionalTensor bias, bool silu,
                                          OptionalTensor initial_state, OptionalTensor cu_seqlens) {
   CausalConv1dParams p = conv_params("causal_conv1d", x, weight, bias, silu, initial_state, cu_seqlens);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_as(x);
   Tensor final_state = new_tensor(x, {p.sequences.count, p.dim, p.width - 1});
   zero_unused(p.sequences, out);
   p.out = series(out);
   p.final = {final_state.data_ptr(), dtype_of(x), nullptr};
-  TorchExecutor executor;
-  cpu::kernels().causal_conv1d(p, executor);
+  LCORE_RUN(causal_conv1d, x, p)
   return {out, final_state};
 }
 
@@ -53,10 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor dout, O
   CausalConv1dGradParams g{};
   g.forward = conv_params(op, x, weight, bias, silu, initial_state, cu_seqlens);
   const CausalConv1dParams& p = g.forward;
-  require_float(op, "dout", dout, x);
+  require(dout.scalar_type() == x.scalar_type(), op, "dout must have x's dtype");
   require_shape(op, "dout", dout, {x.size(0), x.size(1), x.size(2)});
   require_dense(op, "dfinal", dfinal, x.scalar_type(), {p.sequences.count, p.dim, p.width - 1});
-  Tensor dx = torch::stable::empty_like(x), dweight = new_tensor(weight, {p.dim, p.width});
+  Tensor dx = empty_as(x), dweight = new_tensor(weight, {p.dim, p.width});
   Tensor dbias = new_tensor(weight, {bias.has_value() ? p.dim : 0});
   Tensor dinitial = new_tensor(x, {initial_state.has_value() ? p.sequences.count : 0, p.dim, p.width - 1});
   zero_unused(p.sequences, dx);
@@ -66,8 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor dout, O
   g.dinitial = {initial_state.has_value() ? dinitial.data_ptr() : nullptr, dtype_of(x), nullptr};
   g.dweight = dweight.data_ptr();
   g.dbias = bias.has_value() ? dbias.data_ptr() : nullptr;
-  TorchExecutor executor;
-  cpu::kernels().causal_conv1d_backward(g, executor);
+  LCORE_RUN(causal_conv1d_backward, x, g)
   return {dx, dweight, dbias, dinitial};
 }
 
@@ -82,18 +80,17 @@ Tensor causal_conv1d_update(Tensor x, Tensor state, Tensor weight, OptionalTenso
   require_shape(op, "state", state, {state.size(0), p.dim, p.width - 1});
   p.initial = {state.data_ptr(), dtype_of(state), state_slots(op, state_indices, x.size(0), state.size(0))};
   p.final = p.initial;
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_as(x);
   if (state_indices.has_value()) torch::stable::zero_(out);
   p.out = series(out);
-  TorchExecutor executor;
-  cpu::kernels().causal_conv1d(p, executor);
+  LCORE_RUN(causal_conv1d, x, p)
   return out;
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, bool silu=False, Tensor? initial_state=None,"
       " Tensor? cu_seqlens=None) -> (Tensor out, Tensor final_state)");
@@ -105,8 +102,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       " Tensor? state_indices=None) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
-  m.impl("causal_conv1d", LCORE_BOX(lcore::causal_conv1d));
-  m.impl("causal_conv1d_backward", LCORE_BOX(lcore::causal_conv1d_backward));
-  m.impl("causal_conv1d_update", LCORE_BOX(lcore::causal_conv1d_update));
+LCORE_KERNELS(m) {
+  m.impl<lcore::causal_conv1d>("causal_conv1d");
+  m.impl<lcore::causal_conv1d_backward>("causal_conv1d_backward");
+  m.impl<lcore::causal_conv1d_update>("causal_conv1d_update");
 }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "torch/device.h"
+
 namespace lcore {
 
 using torch::headeronly::ScalarType;
@@ -17,18 +19,21 @@ Sequences sequences(const char* op, const OptionalTensor& cu_seqlens, int64_t ba
   if (!cu_seqlens.has_value()) return {batch, steps, nullptr, batch};
   const Tensor& cu = *cu_seqlens;
   require(batch == 1, op, "batch must be 1 with cu_seqlens, got " + std::to_string(batch));
-  require(cu.is_cpu() && cu.is_contiguous() && cu.scalar_type() == ScalarType::Int && cu.dim() == 1 && cu.size(0) > 0,
-          op, "cu_seqlens must be contiguous int32 of shape (sequences + 1,) on the CPU");
+  require(cu.is_contiguous() && cu.scalar_type() == ScalarType::Int && cu.dim() == 1 && cu.size(0) > 0, op,
+          "cu_seqlens must be contiguous int32 of shape (sequences + 1,)");
   const auto* offsets = static_cast<const int32_t*>(cu.data_ptr());
   const int64_t count = cu.size(0) - 1;
+  if (on_gpu(cu)) return {1, steps, offsets, count};
   bool valid = offsets[0] == 0 && offsets[count] <= steps;
   for (int64_t i = 0; i < count; ++i) valid = valid && offsets[i] <= offsets[i + 1];
   require(valid, op, "cu_seqlens must rise from 0 to at most " + std::to_string(steps) + " steps");
   return {1, steps, offsets, count};
 }
 
+Tensor empty_as(const Tensor& x) { return poisoned(torch::stable::empty_like(x)); }
+
 void zero_unused(const Sequences& s, Tensor& tensor) {
-  if (s.offsets != nullptr && s.offsets[s.count] < s.steps) torch::stable::zero_(tensor);
+  if (s.offsets != nullptr && (on_gpu(tensor) || s.offsets[s.count] < s.steps)) torch::stable::zero_(tensor);
 }
 
 ScalarType wide_type(const Tensor& activation) {
@@ -46,8 +51,8 @@ void require_float(const char* op, const char* name, const Tensor& tensor, const
 void require_shape(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   std::string text = "(";
   for (size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  require(tensor.is_cpu() && std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end()), op,
-          std::string(name) + " must be on the CPU with shape " + text + "), got " + shape_text(tensor));
+  require(std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end()), op,
+          std::string(name) + " must have shape " + text + "), got " + shape_text(tensor));
 }
 
 void require_dense(const char* op, const char* name, const OptionalTensor& tensor, ScalarType type,
@@ -62,6 +67,7 @@ const int64_t* state_slots(const char* op, const OptionalTensor& state_indices, 
   if (!state_indices.has_value()) return nullptr;
   require_dense(op, "state_indices", state_indices, ScalarType::Long, {count});
   const auto* values = static_cast<const int64_t*>(state_indices->data_ptr());
+  if (on_gpu(*state_indices)) return values;
   std::vector<bool> taken(slots, false);
   for (int64_t i = 0; i < count; ++i) {
     if (values[i] < 0) continue;

@@ -13,6 +13,9 @@ Series series(const OptionalTensor& tensor);
 // The rows of a batch, or one row packed by cu_seqlens.
 Sequences sequences(const char* op, const OptionalTensor& cu_seqlens, int64_t batch, int64_t steps);
 
+// New memory with x's shape, dtype and, where it is dense, strides.
+Tensor empty_as(const Tensor& x);
+
 // Sets what no sequence of a packed row covers to zero.
 void zero_unused(const Sequences& s, Tensor& tensor);
 

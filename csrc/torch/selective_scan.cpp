@@ -1,7 +1,7 @@
-// lcore::selective_scan, its backward and lcore::selective_state_update on CPU tensors.
+// lcore::selective_scan, its backward and lcore::selective_state_update.
 #include "core/selective_scan.h"
 
-#include "cpu/kernels.h"
+#include "torch/device.h"
 #include "torch/recurrent.h"
 
 namespace lcore {
@@ -15,7 +15,7 @@ SelectiveScanParams scan_params(const char* op, const Tensor& u, const Tensor& d
                                 const Tensor& c, const OptionalTensor& d, const OptionalTensor& z,
                                 const OptionalTensor& delta_bias, bool delta_softplus,
                                 const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
-  require(u.is_cpu() && u.dim() == 3, op, "u must be on the CPU with 3 dimensions, got " + shape_text(u));
+  require(u.dim() == 3, op, "u must have 3 dimensions, got " + shape_text(u));
   require(a.dim() == 2 && b.dim() == 4, op, "A must have 2 dimensions and B 4, got " + shape_text(b));
   SelectiveScanParams p{};
   const int64_t batch = u.size(0), dim = u.size(1), steps = u.size(2), states = a.size(1), groups = b.size(1);
@@ -63,15 +63,14 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
                                                   OptionalTensor cu_seqlens, bool keep) {
   SelectiveScanParams p =
       scan_params("selective_scan", u, delta, a, b, c, d, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
-  Tensor out = torch::stable::empty_like(u);
+  Tensor out = empty_as(u);
   Tensor final_state = new_tensor(a, {p.sequences.count, p.dim, p.states});
   Tensor checkpoints = new_tensor(a, {keep ? chunk_slots(p.sequences) : 0, p.states, p.dim});
   zero_unused(p.sequences, out);
   p.out = series(out);
   p.final = {final_state.data_ptr(), p.initial.type, nullptr};
   p.checkpoints = keep ? checkpoints.data_ptr() : nullptr;
-  TorchExecutor executor;
-  cpu::kernels().selective_scan(p, executor);
+  LCORE_RUN(selective_scan, u, p)
   return {out, final_state, checkpoints};
 }
 
@@ -94,8 +93,7 @@ Tensor selective_state_update(Tensor state, Tensor x, Tensor dt, Tensor a, Tenso
   Tensor out = new_tensor(x, {x.size(0), p.dim});
   if (state_indices.has_value()) torch::stable::zero_(out);
   p.out = series(step(out));
-  TorchExecutor executor;
-  cpu::kernels().selective_scan(p, executor);
+  LCORE_RUN(selective_scan, x, p)
   return out;
 }
 
@@ -118,8 +116,8 @@ Gradients selective_scan_backward(Tensor dout, OptionalTensor dfinal, Tensor u, 
   g.forward.checkpoints = checkpoints.data_ptr();
   g.dout = series(dout);
   g.dfinal = data_or_null(dfinal);
-  Tensor du = torch::stable::empty_like(u), ddelta = torch::stable::empty_like(delta);
-  Tensor dz = z.has_value() ? torch::stable::empty_like(*z) : new_tensor(u, {0});
+  Tensor du = empty_as(u), ddelta = empty_as(delta);
+  Tensor dz = z.has_value() ? empty_as(*z) : new_tensor(u, {0});
   Tensor db = new_tensor(b, {b.sizes().begin(), b.sizes().end()});
   Tensor dc = new_tensor(c, {c.sizes().begin(), c.sizes().end()});
   Tensor da = new_tensor(a, {p.dim, p.states});
@@ -136,15 +134,14 @@ Gradients selective_scan_backward(Tensor dout, OptionalTensor dfinal, Tensor u, 
   g.dd = d.has_value() ? dd.data_ptr() : nullptr;
   g.ddelta_bias = delta_bias.has_value() ? dbias.data_ptr() : nullptr;
   g.dinitial = initial_state.has_value() ? dinitial.data_ptr() : nullptr;
-  TorchExecutor executor;
-  cpu::kernels().selective_scan_backward(g, executor);
+  LCORE_RUN(selective_scan_backward, u, g)
   return {du, ddelta, da, db, dc, dd, dz, dbias, dinitial};
 }
 
 }  // namespace
 }  // namespace lcore
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
+LCORE_SCHEMAS(m) {
   m.def(
       "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None,"
       " Tensor? delta_bias=None, bool delta_softplus=False, Tensor? initial_state=None, Tensor? cu_seqlens=None,"
@@ -159,8 +156,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lcore, m) {
       " Tensor ddelta_bias, Tensor dinitial)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lcore, CPU, m) {
-  m.impl("selective_scan", LCORE_BOX(lcore::selective_scan));
-  m.impl("selective_state_update", LCORE_BOX(lcore::selective_state_update));
-  m.impl("selective_scan_backward", LCORE_BOX(lcore::selective_scan_backward));
+LCORE_KERNELS(m) {
+  m.impl<lcore::selective_scan>("selective_scan");
+  m.impl<lcore::selective_state_update>("selective_state_update");
+  m.impl<lcore::selective_scan_backward>("selective_scan_backward");
 }

@@ -15,8 +15,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "cuda"),
     "attention_paged": ("cpu", "cuda"),
     "cache_append_": ("cpu", "cuda"),
-    "causal_conv1d": ("cpu",),
-    "causal_conv1d_update": ("cpu",),
+    "causal_conv1d": ("cpu", "cuda"),
+    "causal_conv1d_update": ("cpu", "cuda"),
     "gated_delta_rule": ("cpu",),
     "gated_delta_rule_update": ("cpu",),
     "gated_linear_attention": ("cpu",),
@@ -39,8 +39,8 @@ KERNEL_DEVICES: dict[str, tuple[str, ...]] = {
     "rwkv7": ("cpu",),
     "rwkv7_update": ("cpu",),
     "select_pages": ("cpu", "cuda"),
-    "selective_scan": ("cpu",),
-    "selective_state_update": ("cpu",),
+    "selective_scan": ("cpu", "cuda"),
+    "selective_state_update": ("cpu", "cuda"),
     "ssd": ("cpu",),
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -10,6 +11,9 @@
 #include "grid.h"
 
 namespace lcore::cuda {
+
+// So little that tests meet windows.
+constexpr int64_t kPartialBytes = int64_t{16} << 10;
 
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error("lcore: " + what + " failed");
