@@ -9,8 +9,8 @@ from test_page_bounds import (  # noqa: F401
     test_rounding_outward_of_hard_numbers,
 )
 from test_page_bounds import test_values as test_bounds  # noqa: F401
+from test_page_scores import test_no_score_of_the_page_is_above_its_bound as check_upward
 from test_page_scores import (  # noqa: F401
-    test_no_score_of_the_page_is_above_its_bound,
     test_page_counts_and_lengths,
     test_the_largest_over_queries_and_heads,
     test_what_is_not_known_must_be_read,
@@ -29,3 +29,9 @@ from test_select_pages import test_values as test_choice  # noqa: F401
 def _emulated():
     with cuda_kernels("page_bounds", "page_bounds_paged", "page_scores", "select_pages"):
         yield
+
+
+@pytest.mark.parametrize("scale", [0.1, -0.3])
+def test_no_score_of_the_page_is_above_its_bound(scale):
+    """A GPU takes no denormal numbers for 0, whatever the CPU's threads do."""
+    check_upward(False, scale)
